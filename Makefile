@@ -33,7 +33,7 @@ docs: $(READY)
 	$(BIN)/python -m tests.family_table
 
 screenshot: $(READY)  # with the adapters pan and praise of the library
-	LORA_TUNER_SCREENSHOT=docs/playground.png $(BIN)/python -m pytest -m slow tests/server/test_playground.py -k screenshot
+	LORA_TUNER_SCREENSHOT=docs/playground.png $(BIN)/python -m pytest -m slow tests/server/playground/test_page.py -k screenshot
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'

@@ -21,7 +21,6 @@ from lora_tuner.errors import DataError, Interrupted
 
 SLOWEST_FILES = (
     "test_end_to_end.py",
-    "test_playground.py",
     "test_run.py",
     "test_generator.py",
     "test_sweep.py",
@@ -45,7 +44,7 @@ SHARED_STARTS = {
         "test_saving.py",
         "test_distributed.py",
     ),
-    "page": ("test_playground.py", "test_page_requests.py"),
+    "page": ("server/playground/",),
 }
 
 

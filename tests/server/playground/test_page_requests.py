@@ -8,6 +8,7 @@ import re
 import shutil
 import threading
 from html import unescape
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -17,15 +18,16 @@ from lora_tuner.adapters.adapter import MANIFEST_FILE, load_adapter_folder
 from lora_tuner.errors import GenerationError
 from lora_tuner.server.metrics import JsonLines, Metrics
 
-from ..api_server import KEY, PROMPT, add_hostile_adapters, serving, write_adapter
+from ...api_server import KEY, PROMPT, add_hostile_adapters, serving, write_adapter
+from .browser import run_async
 
 
 @pytest.fixture(scope="module")
 def playground():
-    """The module of the page, with Gradio: each worker imports this file, and only one needs seconds for Gradio."""
-    from lora_tuner.server.playground import page
+    """The page and its tab Blend, with Gradio: each worker imports this file, only one needs seconds for Gradio."""
+    from lora_tuner.server.playground import blend_tab, page
 
-    return page
+    return SimpleNamespace(Page=page.Page, blend=blend_tab)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +119,7 @@ def test_measurements_leave_room_for_answers(served, playground, monkeypatch):
 
     async def visit():
         page = playground.Page(served.service, Metrics(served.service))
-        return [update async for update in page.evaluate(["a"], "")]
+        return [update async for update in page.gains.evaluate(["a"], "")]
 
     async def visit_all():
         visits = [asyncio.create_task(visit()) for _ in range(12)]
@@ -135,7 +137,7 @@ def test_measurements_leave_room_for_answers(served, playground, monkeypatch):
         return await asyncio.gather(*visits)
 
     monkeypatch.setattr(evaluation, "evaluate_on", held)
-    visits = asyncio.run(visit_all())
+    visits = run_async(visit_all())
     assert all("measured" in updates[-1] for updates in visits)
     assert len(entered) == 11
 
@@ -164,10 +166,10 @@ def test_page_outputs_are_counted_and_logged(served, playground, caplog):
                     break
 
     settings = [5, 0.8, 0.95, 50, 1.1, "", False]
-    asyncio.run(consume(page.generate(PROMPT, ["a", "b"], False, *settings), 1000))
-    asyncio.run(consume(page.blend(PROMPT, "a", "b", 0.5, False, playground._SliderState()), 1000))
+    run_async(consume(page.write.generate(PROMPT, ["a", "b"], False, *settings), 1000))
+    run_async(consume(page.blend.blend(PROMPT, "a", "b", 0.5, False, playground.blend.SliderState()), 1000))
     with served.held_steps():
-        asyncio.run(consume(page.generate(PROMPT, [], False, *settings), 1))
+        run_async(consume(page.write.generate(PROMPT, [], False, *settings), 1))
     text = metrics.text().decode()
     for model, count in (("talker", 2), ("a", 1), ("b", 1), ("", 1)):
         assert f'lora_tuner_requests_total{{endpoint="page",model="{model}",status="200"}} {count}.0' in text
@@ -175,7 +177,7 @@ def test_page_outputs_are_counted_and_logged(served, playground, caplog):
     lines = [record.msg for record in caplog.records if record.name == "lora_tuner.server"]
     assert {line["path"] for line in lines} == {"page"}
     assert sorted((line["model"] or "", line["completion_tokens"], line["complete"]) for line in lines) == [
-        ("", playground.BLEND_TOKENS, True),
+        ("", playground.blend.BLEND_TOKENS, True),
         ("a", 5, True),
         ("b", 5, True),
         ("talker", 0, False),
@@ -190,7 +192,7 @@ def shown(updates):
     async def last():
         return [update async for update in updates][-1]
 
-    html = str(asyncio.run(last()))
+    html = str(run_async(last()))
     articles = re.findall(
         r'<h2>(.*?)</h2><p class="text"><span class="prompt( question)?">.*?</span>(.*?)</p>', html, re.S
     )
@@ -213,7 +215,7 @@ def test_page_asks_chat_adapters(served, playground, base, adapters):
             (["talk", "more"], False, ["talker", "talk", "more"]),
             (["a", "talk"], True, []),
         ):
-            columns, html = shown(page.generate(PROMPT, names, bare, *greedy_settings))
+            columns, html = shown(page.write.generate(PROMPT, names, bare, *greedy_settings))
             assert list(columns) == ["talker", *names]
             for name, (is_question, text) in columns.items():
                 assert is_question == (name in asked), (names, bare, name)
@@ -225,7 +227,7 @@ def test_page_asks_chat_adapters(served, playground, base, adapters):
                 assert text == expected.text
             assert ("Asked through the chat template: " in html) == bool(asked)
         for bare in (False, True):
-            columns, _ = shown(page.blend(PROMPT, "talk", "a", 0.5, bare, playground._SliderState()))
+            columns, _ = shown(page.blend.blend(PROMPT, "talk", "a", 0.5, bare, playground.blend.SliderState()))
             assert [is_question for is_question, _ in columns.values()] == [not bare]
     finally:
         for name in ("talk", "more"):

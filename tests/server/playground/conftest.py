@@ -1,0 +1,91 @@
+"""A server with a small library and a browser, for all tests of the page."""
+
+import os
+
+import pytest
+from playwright.sync_api import Error, sync_playwright
+
+from lora_tuner import Generator, ModelOptions
+
+from ...api_server import add_hostile_adapters, serving
+from ...test_evaluation import train_in
+from .browser import BROWSER_OPTIONS, CHROMIUM, open_page
+
+
+@pytest.fixture(scope="session")
+def adapters(gpt2, tmp_path_factory):
+    """Two good adapters, a hostile one and a broken one."""
+    root = train_in(tmp_path_factory.mktemp("playground"), gpt2, ["noir", "verse"])
+    folder = root / "adapters"
+    add_hostile_adapters(folder, "noir")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _training_cache(adapters, monkeypatch):
+    monkeypatch.setenv("LORA_TUNER_CACHE", str(adapters.parent / "cache"))
+
+
+@pytest.fixture(scope="session")
+def served(gpt2, adapters):
+    with serving(gpt2, adapters, page=True, max_tokens=500) as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Debian's chromium, else Playwright's own. CI requires one of them."""
+    with sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(
+                executable_path=CHROMIUM if CHROMIUM.exists() else None, args=BROWSER_OPTIONS
+            )
+        except Error:
+            if os.environ.get("CI"):
+                raise
+            pytest.skip("there is no browser: `apt install chromium`, or `playwright install chromium`")
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def context(browser, served):
+    """One context for all tests, which caches the scripts of the page."""
+    return browser.new_context(base_url=served.url)
+
+
+@pytest.fixture
+def visit(context, served):
+    """Return a function that opens the page. Fails on problems."""
+    pages, problems = [], []
+
+    def visit():
+        pages.append(open_page(context, served.url, problems))
+        return pages[-1]
+
+    yield visit
+    for page in pages:
+        page.close()
+    assert problems == []
+
+
+@pytest.fixture(scope="session")
+def shared_page(context, served):
+    problems = []
+    page = open_page(context, served.url, problems)
+    yield page, problems
+    page.close()
+
+
+@pytest.fixture
+def page(shared_page):
+    """One page for the tests that change nothing another one reads. Fails on problems."""
+    page, problems = shared_page
+    problems.clear()
+    yield page
+    assert problems == []
+
+
+@pytest.fixture
+def generator(gpt2, adapters):
+    return Generator(adapters_dir=adapters, options=ModelOptions(base=str(gpt2), device="cpu"))

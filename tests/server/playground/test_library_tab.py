@@ -1,0 +1,99 @@
+"""The tab Library in a real browser."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from playwright.sync_api import expect
+from safetensors.numpy import load_file
+
+from lora_tuner.adapters import adapter, plots
+from lora_tuner.adapters.plots import plot_loss  # the session leaves it empty elsewhere
+
+from ... import adapter_files
+from .browser import choose, open_tab, wait_for_outputs
+
+
+def test_library_shows_adapters_and_cards(page, adapters, monkeypatch):
+    monkeypatch.setattr(plots, "plot_loss", plot_loss)
+    open_tab(page, "Library")
+    rows = page.get_by_role("row")
+    expect(rows).to_have_count(5)
+    assert rows.nth(0).inner_text().split("\t") == [
+        "name",
+        "gain",
+        "held-out loss",
+        "rank",
+        "size",
+        "data",
+        "rows",
+        "created",
+    ]
+    noir = adapter.load_adapter_folder(adapters / "noir").manifest
+    cells = rows.nth(2).get_by_role("cell").all_inner_texts()
+    assert cells[0] == f"{noir.result.gain:.3f} ± {noir.result.standard_error:.3f}"
+    assert cells[2] == "4"
+    assert cells[4] == "noir.json"
+    expect(rows.nth(1)).to_contain_text("peft_type is '<img")
+    page.get_by_role("button", name="noir").click()
+    card = page.locator(".card")
+    expect(card.get_by_role("heading")).to_have_text("noir")
+    expect(card).to_contain_text(f"{noir.result.loss:.3f} (base: {noir.result.base_loss:.3f})")
+    for name, width in (("Loss by training step", 840), ("Spectrum: share of", 960)):
+        picture = card.get_by_role("img", name=name)
+        assert picture.evaluate("image => image.naturalWidth") == width
+    card.get_by_text("Model card").click()
+    assert card.locator("pre").text_content() == (adapters / "noir" / adapter.CARD_FILE).read_text()
+    page.get_by_role("button", name="broken").click()
+    expect(page.get_by_role("alert")).to_contain_text("broken cannot be used.")
+
+
+@pytest.mark.slow
+def test_library_changes_appear(visit, adapters):
+    page = visit()
+    (adapters / "later").symlink_to(adapters / "noir")
+    try:
+        open_tab(page, "Library")
+        page.get_by_role("button", name="later").wait_for()
+        open_tab(page, "Blend")
+        choose(page, "First adapter", "later")
+        expect(page.locator(".answers h2:visible")).to_have_text("0.5 later + 0.5 verse")
+        wait_for_outputs(page)
+    finally:
+        (adapters / "later").unlink()
+    page.get_by_role("combobox", name="Second adapter").press("Tab")
+    page.locator("input[type=range]:visible").press("ArrowRight")
+    expect(page.get_by_role("alert")).to_contain_text("There is no model 'later'")
+    open_tab(page, "Library")
+    page.get_by_role("button", name="Refresh").click()
+    expect(page.get_by_role("button", name="later")).to_have_count(0)
+
+
+@pytest.mark.slow
+def test_card_without_plots_gives_reasons(visit, adapters, tmp_path):
+    """A symlink in place of the card is not followed."""
+    (tmp_path / "secret").write_text("a secret")
+    weights = load_file(adapters / "noir" / adapter.WEIGHTS_FILE)
+    for name, tensor in list(weights.items()):
+        if name.endswith("lora_B.weight"):
+            weights[name.replace("lora_B.weight", "lora_magnitude_vector")] = np.ones(len(tensor), "f4")
+    config = json.loads((adapters / "noir" / adapter.CONFIG_FILE).read_text()) | {"use_dora": True}
+    folder = adapter_files.write(adapters / "rescaled", config, weights)
+    (folder / adapter.CARD_FILE).symlink_to(tmp_path / "secret")
+    try:
+        page = visit()
+        open_tab(page, "Library")
+        page.get_by_role("button", name="rescaled").click()
+        card = page.locator(".card")
+        expect(card.locator("figcaption")).to_have_text(
+            [
+                "No loss curve: this adapter was not trained by lora_tuner.",
+                re.compile("^rescaled is a DoRA adapter, .*: merge it instead.$"),
+            ]
+        )
+        assert card.locator("img").count() == 0
+        assert card.locator("pre").text_content() == "This adapter has no model card."
+    finally:
+        shutil.rmtree(folder)
