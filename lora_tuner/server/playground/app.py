@@ -51,7 +51,7 @@ def mount(app: FastAPI, service: ModelService, api_key: str | None) -> FastAPI:
         "/",
         auth=partial(_is_key, api_key) if api_key else None,
         auth_message="Use any name, and the API key of this server as the password." if api_key else None,
-        css_paths=Path(__file__).with_name("playground.css"),
+        css_paths=[Path(__file__).with_name(name) for name in ("playground.css", "charts.css")],
         enable_monitoring=False,
         footer_links=[],
         mcp_server=False,
