@@ -768,6 +768,14 @@ class ServerConfig(_Settings):
         300.0, "Maximum seconds per request, time in the queue included.", "Serving", gt=0, le=86_400
     )
     log_prompts: bool = _setting(False, "Log prompts and outputs as well.", "Serving")
+    allow_training: bool = _setting(
+        False,
+        "Let the page upload files and train. At a loopback address, which only this machine can reach, it may anyway.",
+        "Serving",
+    )
+    runs_dir: Path = _setting(
+        Path("runs"), "Folder of the runs that the page shows and starts, and of uploaded files.", "Serving"
+    )
 
     @field_validator("allow_origin")
     @classmethod

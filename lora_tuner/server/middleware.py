@@ -2,7 +2,8 @@
 
 Without an API key the Host header must name this machine, against DNS rebinding. With a key any
 host is accepted: an attacking page does not know it, and a proxy may pass its own name on. Bodies
-are buffered, so that a slow client holds up nobody. `runner` limits connections and idle time.
+are buffered, so that a slow client holds up nobody; those of files go to `playground/uploads` as
+they come. `runner` limits connections and idle time.
 
 Browsers keep web pages of other origins from reading responses (the same-origin policy), unless
 `allow_origin` names their origin (CORS).
@@ -25,7 +26,8 @@ API_ENDPOINTS = ("/v1/models", "/v1/completions", "/v1/chat/completions")
 MAX_BODY = 1_000_000  # bytes
 # For other paths than those of the API: anyone may send them, without the key.
 MAX_PAGE_BODY = 200_000
-MAX_SECONDS = 30.0  # for a whole body
+MAX_SECONDS = 30.0  # for a whole body; of a file, for the next part of it
+UPLOAD_PATH = re.compile("/uploads/(?P<id>[^/]+)/(?P<name>[^/]+)")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _CLOSE = {"Connection": "close"}  # the rest of the request stays unread
 
@@ -98,8 +100,12 @@ class SecurityMiddleware:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        refused = self._check_headers(scope["path"], headers)
+        if refused is None and UPLOAD_PATH.fullmatch(scope["path"]):
+            await self.app(scope, receive, send)
+            return
         max_body = MAX_BODY if is_api_path(scope["path"]) else MAX_PAGE_BODY
-        body = self._check_headers(scope["path"], headers) or await _buffer_body(headers, receive, max_body)
+        body = refused or await _buffer_body(headers, receive, max_body)
         if isinstance(body, Response):
             await body(scope, receive, send)
         elif body is not None:

@@ -1,7 +1,7 @@
 """Gradio's app at `/`, reduced to the routes that the page uses.
 
-Allowed routes are listed, so routes that a later Gradio adds are blocked too: no uploads, local
-files, proxy or API of its own. Gradio's scripts need `unsafe-inline` and `unsafe-eval`, so
+Allowed routes are listed, so routes that a later Gradio adds are blocked too: no uploads (`uploads`
+has those of the page), local files, proxy or API of its own. Gradio's scripts need `unsafe-inline` and `unsafe-eval`, so
 protection against injected scripts rests on the escaping in `html`.
 """
 
@@ -21,8 +21,10 @@ from starlette.routing import Mount
 from starlette.types import Message, Receive, Scope, Send
 
 from ..metrics import Metrics
+from ..middleware import UPLOAD_PATH
 from ..service import ModelService
 from .page import Page
+from .uploads import Uploads
 
 ALLOWED_ROUTES = re.compile(
     r"/|/(assets|static)/.+|/(theme\.css|favicon\.ico|manifest\.json|login|logout|config)/?"
@@ -72,7 +74,7 @@ def mount(app: FastAPI, service: ModelService, api_key: str | None) -> FastAPI:
     )
     (page,) = (route for route in app.routes if isinstance(route, Mount) and route.path == "")
     assert isinstance(page.app, App)
-    page.app = _RestrictedRoutes(page.app, app.state.metrics)
+    page.app = _RestrictedRoutes(page.app, app.state.metrics, Uploads(service.config))
     return app
 
 
@@ -97,14 +99,20 @@ class _RestrictedRoutes:
 
     app: App
     metrics: Metrics
+    uploads: Uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if scope["type"] != "http" or not ALLOWED_ROUTES.fullmatch(path):
+        is_upload = UPLOAD_PATH.fullmatch(path) is not None
+        if scope["type"] != "http" or not (is_upload or ALLOWED_ROUTES.fullmatch(path)):
             raise HTTPException(404)
         # Gradio checks some of them only.
-        if path.startswith("/gradio_api/") and not self._is_logged_in(scope):
+        if path.startswith(("/gradio_api/", "/uploads/")) and not self._is_logged_in(scope):
             raise HTTPException(401, "Log in first.")
+        if is_upload:
+            response = await self.uploads.respond(scope, receive)
+            await response(scope, receive, send)
+            return
         start: Message = {}
         body = bytearray()
         failed = False
