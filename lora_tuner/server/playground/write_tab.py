@@ -6,17 +6,11 @@ from functools import partial
 
 import gradio as gr
 
-from ...config import SamplingParams
-from ...errors import ConfigError, LoraTunerError
-from ...inference.sampling import choose_seed
-from ...settings_files import resolve_settings
+from ...errors import LoraTunerError
 from ...text import format_names
 from . import html
-from .common import PageTab, bare_text, buttons, connect_stop, on
+from .common import PageTab, bare_text, buttons, connect_stop, on, sampling_controls
 from .requests import as_conversation
-
-SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "greedy")
-SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "seed")  # without effect in greedy decoding
 
 
 class WriteTab(PageTab):
@@ -32,8 +26,7 @@ class WriteTab(PageTab):
                 scale=3,
             )
             names = self.adapters_dropdown("Compared with the base.", scale=2)
-        with gr.Accordion("Sampling settings", open=False), gr.Row(elem_classes="settings"):
-            settings = {name: sampling_control(name) for name in SETTINGS}
+        settings = sampling_controls()
         with gr.Row():
             start, stop = buttons("Generate")
             bare = bare_text()
@@ -45,18 +38,11 @@ class WriteTab(PageTab):
             on(
                 [start.click, prompt.submit],
                 self.generate,
-                [prompt, names, bare, *settings.values()],
+                [prompt, names, bare, *settings],
                 output,
             ),
             stop,
             output,
-        )
-        sampling = [settings[name] for name in SAMPLING_SETTINGS]
-        on(
-            settings["greedy"].input,
-            lambda greedy: [gr.update(interactive=not greedy)] * len(sampling),
-            settings["greedy"],
-            sampling,
         )
         return names
 
@@ -67,23 +53,12 @@ class WriteTab(PageTab):
 
         Adapters that have learned conversations are asked through the chat template, unless `bare`.
         """
-        ignored = SAMPLING_SETTINGS if settings[SETTINGS.index("greedy")] else ()
-        values = {  # without defaults: that of the repetition penalty is another one in greedy decoding
-            name: value
-            for name, value in zip(SETTINGS, settings, strict=True)
-            if value not in (None, "", SamplingParams.model_fields[name].default) and name not in ignored
-        }
         try:
-            sampling = resolve_settings(SamplingParams, values)
-            if sampling.max_new_tokens > self.service.config.max_tokens:
-                raise ConfigError(
-                    f"max_new_tokens: the limit of this server is {self.service.config.max_tokens:,}."
-                )
+            sampling = self.sampling_params(settings)
             await self.service.encode_all([prompt])  # an error of it is shown once
         except LoraTunerError as error:
             yield self.failure(error)
             return
-        sampling = sampling.model_copy(update={"seed": choose_seed(sampling)})
         note = (
             "Greedy decoding: the output is always the same."
             if sampling.seed is None
@@ -101,18 +76,3 @@ class WriteTab(PageTab):
         async with contextlib.aclosing(self.requests.follow(prompt, submits)) as updates:
             async for outputs in updates:
                 yield html.outputs(prompt, list(zip(models, outputs, strict=True)), chats, note)
-
-
-def sampling_control(name: str) -> gr.Checkbox | gr.Number | gr.Textbox:
-    """Create the control of a field of `SamplingParams`.
-
-    The field checks the bounds: Gradio would report them in a box.
-    """
-    field = SamplingParams.model_fields[name]
-    label, info = name.replace("_", " ").capitalize(), str(field.description).replace("--", "")
-    if field.annotation is bool:
-        return gr.Checkbox(field.default, label=label, info=info)
-    if field.default is None:  # a gr.Number would begin at 0
-        assert isinstance(field.json_schema_extra, dict)
-        return gr.Textbox(label=label, info=info, placeholder=str(field.json_schema_extra["shown"]))
-    return gr.Number(field.default, label=label, info=info, step=0.05 if field.annotation is float else 1)
