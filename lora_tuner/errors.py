@@ -27,8 +27,9 @@ Messages are full sentences for users: what is wrong, where, and what to do.
 
 import errno
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 
 class LoraTunerError(Exception):
@@ -36,7 +37,11 @@ class LoraTunerError(Exception):
 
 
 class ConfigError(LoraTunerError):
-    """A setting is wrong, or two contradict each other."""
+    """A setting is wrong, or two contradict each other. `problems` says by setting what, where that is known."""
+
+    def __init__(self, text: str, problems: Mapping[str, str] = MappingProxyType({})) -> None:
+        super().__init__(text)
+        self.problems = problems
 
 
 class HubError(LoraTunerError):

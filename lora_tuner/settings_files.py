@@ -39,19 +39,24 @@ _FORMER_SETTINGS = {"near_duplicates": "keep", "delimiter": "ending", "txt_rows"
 SettingValues = dict[str, Any]
 
 
-def _format_problems(error: ValidationError) -> str:
-    lines = []
+def _list_problems(error: ValidationError) -> list[tuple[str, str, str]]:
+    """Return of each problem the setting, what is wrong with it, and both in one text."""
+    problems = []
     for problem in error.errors():
-        key = "" if problem["type"] == "contradiction" else ".".join(map(str, problem["loc"]))
+        key, is_contradiction = ".".join(map(str, problem["loc"])), problem["type"] == "contradiction"
         text = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             text = "unknown setting"
-        elif key:
+        elif key and not is_contradiction:  # that names the settings
             text = f"{text[0].lower()}{text[1:]}"
             if key not in SECRET_FIELDS:
                 value = repr(problem["input"])
                 text += f" (got {value if len(value) <= 200 else f'{value[:200]} ...'})"
-        lines.append(f"{key}: {text}" if key else text)
+        problems.append((key, text, f"{key}: {text}" if key and not is_contradiction else text))
+    return problems
+
+
+def _format_problems(lines: list[str]) -> str:
     problems, rest = list(dict.fromkeys(lines))[:MAX_PROBLEMS], len(set(lines)) - MAX_PROBLEMS
     return "; ".join([*problems, f"and {rest:,} more problems"] if rest > 0 else problems)
 
@@ -143,7 +148,7 @@ def resolve_settings(kind: type[S], given: SettingValues, file: Path | None = No
     A stop rule in `given` replaces any stop rule of the file.
 
     Raises:
-        ConfigError: names every problem.
+        ConfigError: names every problem; `problems` has them by setting.
     """
     settings = read_settings(file) if file is not None else {}
     if any(name in given for name in STOP_RULES):
@@ -151,8 +156,10 @@ def resolve_settings(kind: type[S], given: SettingValues, file: Path | None = No
     try:
         return kind.model_validate(settings | given)
     except ValidationError as error:
-        problems = _format_problems(error)
-        raise ConfigError(f"{file}: {problems}" if file else problems) from error
+        problems = _list_problems(error)
+        text = _format_problems([line for *_, line in problems])
+        by_setting = {key.partition(".")[0]: text for key, text, _ in reversed(problems)}
+        raise ConfigError(f"{file}: {text}" if file else text, by_setting) from error
 
 
 def expand_sweep(given: SettingValues) -> list[SettingValues]:

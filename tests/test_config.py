@@ -502,3 +502,17 @@ def test_manifest_schema_1_stays_readable(adapter):
     assert (name, listed.manifest.result.gain) == ("reviews", 2.25)
     assert verify_adapter(listed) == []
     assert Generator(listed.path, options=options).generate("the actor", sampling) == expected
+
+
+def test_errors_name_their_settings():
+    with pytest.raises(ConfigError) as raised:
+        resolve_settings(TrainConfig, {"rank": 0, "epochs": 1, "minutes": 2, "rnak": 8})
+    assert raised.value.problems == {
+        "rank": "input should be greater than or equal to 1 (got 0)",
+        "minutes": "epochs and minutes contradict each other: give one of them",
+        "rnak": "unknown setting",
+    }
+    assert str(raised.value) == (
+        "rank: input should be greater than or equal to 1 (got 0); epochs and minutes contradict each other: give one of "
+        "them; rnak: unknown setting"
+    )
