@@ -20,7 +20,7 @@ from lora_tuner.convert.compress import CompressResult
 from lora_tuner.convert.verify import OutputComparison
 from lora_tuner.data.eval_sets import EvalSet
 from lora_tuner.evaluation import GainMatrix
-from lora_tuner.server.playground import html
+from lora_tuner.server.playground.gain_matrix import show_gains
 from lora_tuner.text import describe_gain, escape_control, format_bytes, format_duration
 from lora_tuner.training.progress import Display
 from lora_tuner.training.sweep import SweepResult, Trial
@@ -295,7 +295,7 @@ def test_groups_are_shown_beside_rows(capsys, wide, tmp_path):
     evaluate.show_leaks([Leak("a", all_rows=result, without_copy=result)])
     assert printed(capsys).count("200 rows in 3 groups") == 6
     matrix = GainMatrix("base", ["a"], [EvalSet("rows", ["a", "b"], groups=[0, 0])], [[result]])
-    assert "<small>2 rows in 1 group</small>" in html.gains(matrix)
+    assert "<small>2 rows in 1 group</small>" in show_gains(matrix)
 
 
 def test_results_say_where_pictures_are(capsys, wide, tmp_path):

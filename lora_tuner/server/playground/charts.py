@@ -106,7 +106,7 @@ def line_chart(
         return Markup('<p class="note">{}: nothing to draw yet.</p>{}').format(title, note)
     across = _x_axis([*x_range, *(point.x for point in points)], log_x)
     up = _y_axis(points, reference[1] if reference else None)
-    plot = _template().render(
+    plot = template("chart.svg.jinja").render(
         x=x,
         y=y,
         line_height=LINE_HEIGHT,
@@ -206,12 +206,14 @@ def _file_style() -> Markup:
 
 
 @cache
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """Return a template of this folder, which escapes all text."""
+
     def clean(value: object) -> object:  # XML allows no control characters
         return escape_control(value) if isinstance(value, str) else value
 
     loader = jinja2.FileSystemLoader(_FOLDER)
-    return jinja2.Environment(autoescape=True, finalize=clean, loader=loader).get_template("chart.svg.jinja")
+    return jinja2.Environment(autoescape=True, finalize=clean, loader=loader).get_template(name)
 
 
 def _drawable(line: Series, log_x: bool) -> Series:

@@ -13,8 +13,10 @@ from ...config import TrainConfig
 from ...errors import GenerationError, Interrupted, LoraTunerError, Notice, Progress
 from ...models.loading import LoadedBase
 from ...settings_files import resolve_settings
+from ...text import format_names
 from . import html
 from .common import PageTab, buttons, connect_stop, on
+from .gain_matrix import show_gains
 
 
 class GainsTab(PageTab):
@@ -56,12 +58,17 @@ class GainsTab(PageTab):
 
         models = await self.service.run_in_thread("list", self.adapters)
         adapters = [model.adapter for model in models if model.id in names and model.adapter]
+        gone = sorted(set(names) - {model.id for model in models if model.adapter})
 
         def run_evaluation() -> str:
+            if gone:
+                raise GenerationError(
+                    f"{format_names(gone)}: no longer in the library, or damaged. Choose again."
+                )
             if not adapters:
                 raise GenerationError("Choose at least one adapter to evaluate.")
             eval_rows = resolve_settings(TrainConfig, {"eval_rows": rows}).eval_rows if rows else None
-            return html.gains(
+            return show_gains(
                 evaluation.evaluate_on(
                     self.evaluation_base,
                     adapters,

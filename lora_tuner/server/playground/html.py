@@ -1,4 +1,4 @@
-"""HTML of the playground: outputs, library, details of an adapter, gain matrix.
+"""HTML of the playground: outputs, library, details of an adapter, progress.
 
 Any text may come from a model or from an unknown adapter, so every value is escaped by its template
 (`Markup.format`). Nothing here depends on Gradio; its colours are CSS variables (playground.css).
@@ -13,10 +13,8 @@ from markupsafe import Markup
 
 from ...adapters import plots
 from ...adapters.adapter import CARD_FILE, METRICS_FILE, Adapter
-from ...adapters.manifest import EvalResult
 from ...adapters.model_card import summary_rows
 from ...errors import AdapterError, LoraTunerError, Progress
-from ...evaluation import GainMatrix
 from ...models import delta
 from ...models.layers import Layer
 from ...text import display_name, format_bytes, format_count, format_gain
@@ -199,41 +197,6 @@ def progress(event: Progress | None) -> Markup:
         '<div aria-busy="true"><p class="note">{}: {} of {} rows</p>'
         '<progress value="{}" max="{}" aria-label="Rows evaluated"></progress></div>'
     ).format(event.stage, event.done, event.total, event.done, max(event.total, 1))
-
-
-def gains(matrix: GainMatrix) -> Markup:
-    """Show the gain matrix as a heat map, one colour for gains and one for losses."""
-    gains = [abs(cell.gain) for line in matrix.cells for cell in line if cell is not None]
-    largest = max(gains, default=0.0) or 1.0
-    columns = Markup("").join(
-        Markup('<th scope="col">{}<small>{}</small></th>').format(rows.name, rows.format_rows())
-        for rows in matrix.sets
-    )
-    lines = Markup("")
-    for name, line in zip(matrix.adapters, matrix.cells, strict=True):
-        cells = Markup("").join(_gain_cell(cell, largest) for cell in line)
-        lines += Markup('<tr><th scope="row">{}</th>{}</tr>').format(name, cells)
-    missing = [note(f"{rows.name} cannot be evaluated: {rows.missing}.") for rows in matrix.sets if rows.missing]
-    return Markup(
-        '<div class="wide" tabindex="0"><table class="heat"><caption>Gain over {} in loss per token. '
-        "Rows: adapters. Columns: their held-out sets.</caption>"
-        "<thead><tr><td></td>{}</tr></thead><tbody>{}</tbody></table></div>{}{}"
-    ).format(
-        display_name(matrix.base),
-        columns,
-        lines,
-        Markup("").join(missing),
-        note("Positive: predicts these rows better than the base. Negative: worse than the base."),
-    )
-
-
-def _gain_cell(cell: EvalResult | None, largest: float) -> Markup:
-    if cell is None:
-        return Markup('<td class="missing">missing</td>')
-    gain, _, error = format_gain(cell.gain, cell.standard_error, "+.3f").partition(" ")
-    return Markup('<td class="{}" style="--share: {}%"><b>{}</b><small>{}</small></td>').format(
-        "helps" if cell.gain >= 0 else "forgot", f"{abs(cell.gain) / largest * 100:.0f}", gain, error
-    )
 
 
 def command(text: str) -> Markup:

@@ -1,14 +1,85 @@
-"""The tab Gains in a real browser."""
+"""The tab Gains: its heat map, and in a real browser."""
 
+import base64
+import csv
 import re
+from io import StringIO
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from playwright.sync_api import expect
 
 from lora_tuner import Library, ModelOptions, evaluate, evaluation
+from lora_tuner.adapters.manifest import EvalResult
+from lora_tuner.data.eval_sets import EvalSet
 from lora_tuner.errors import Interrupted
+from lora_tuner.evaluation import GainMatrix
+from lora_tuner.server.metrics import Metrics
+from lora_tuner.server.playground.gain_matrix import show_gains
+from lora_tuner.server.playground.requests import PageRequests
 
-from .browser import open_tab
+from ...api_server import HOSTILE
+from .browser import open_tab, run_async
+
+
+def result(gain, error=0.01):
+    return EvalResult(base_loss=3.0, loss=3.0 - gain, gain=gain, standard_error=error, rows=40, tokens=900)
+
+
+def matrix_of(first, second, names=("noir", "verse")):
+    """Return the matrix of two adapters, with these cells."""
+    return GainMatrix("gpt2", list(names), [EvalSet(name, ["a", "b"]) for name in names], [first, second])
+
+
+def headline_of(shown):
+    return ElementTree.fromstring(f"<div>{shown}</div>").find("p").text
+
+
+def test_headline_names_best_and_worst():
+    shown = show_gains(matrix_of([result(0.5), result(-0.2)], [result(0.0), result(0.1)]))
+    assert headline_of(shown) == (
+        "noir gains most on its own held-out rows: each token is 1.65 times as likely as with gpt2. "
+        "noir is worse than the base on the rows of verse: each token is 0.82 times as likely."
+    )
+    unclear = show_gains(matrix_of([result(0.01), result(-0.01)], [None, result(0.005)]))
+    assert headline_of(unclear) == "No adapter is clearly better than the base on its own held-out rows."
+
+
+def test_cells_have_all_figures():
+    shown = show_gains(matrix_of([result(0.5), None], [result(-0.25, None), result(0.1)]))
+    root = ElementTree.fromstring(f"<div>{shown}</div>")
+    cells = [(cell.get("class"), cell.get("title")) for cell in root.iter("td")]
+    assert cells[0] == (
+        "helps",
+        "noir on the held-out rows of noir: gain +0.500 ± 0.010 nats per token, so that each token is "
+        "1.65 times as likely as with the base. Loss 2.500, of the base 3.000, over 40 rows of 900 tokens.",
+    )
+    assert cells[1] == ("missing", "noir on the held-out rows of verse: not measured.")
+    assert cells[2][0] == "forgot"
+    assert "-0.250 (no error: one row or group)" in cells[2][1]
+    assert [header.text for header in root.iter("th")][:2] == ["adapter", "held-out rows of"]
+
+
+def saved(shown, kind):
+    return base64.b64decode(re.search(f'download="gains.{kind}" href="[^"]*;base64,([^"]*)"', shown)[1]).decode()
+
+
+def test_downloads_have_the_figures():
+    cells = [[result(0.5), None], [result(-0.25, None), result(1 / 3)]]
+    shown = show_gains(matrix_of(*cells, names=("noir", HOSTILE)))
+    header, *rows = csv.reader(StringIO(saved(shown, "csv")))
+    assert header[:4] == ["adapter", "held-out rows of", "gain", "standard error"]
+    assert rows == [
+        ["noir", "noir", "0.5", "0.01", "2.5", "3.0", "40", "900"],
+        [HOSTILE, "noir", "-0.25", "", "3.25", "3.0", "40", "900"],
+        [HOSTILE, HOSTILE, str(1 / 3), "0.01", str(3 - 1 / 3), "3.0", "40", "900"],
+    ]
+    picture = ElementTree.fromstring(saved(shown, "svg"))
+    texts = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"+0.500", "± 0.010", "-0.250", "missing", "noir", "held-out rows of", "adapter"} <= set(texts)
+    tags = {found.tag.rpartition("}")[2] for found in picture.iter()}
+    assert tags == {"svg", "title", "style", "rect", "text", "g"}
 
 
 def test_heat_map_equals_evaluate(visit, adapters, served, monkeypatch):
@@ -45,6 +116,14 @@ def test_heat_map_equals_evaluate(visit, adapters, served, monkeypatch):
         "cells => cells.map(cell => cell.style.getPropertyValue('--share').trim())"
     )
     assert shares[largest] == "100%"
+    expect(page.locator(".headline")).to_contain_text("held-out rows")
+    for kind in ("CSV", "SVG"):
+        with page.expect_download() as download:
+            page.get_by_role("link", name=f"Download as {kind}").click()
+        assert download.value.suggested_filename == f"gains.{kind.lower()}"
+        text = Path(download.value.path()).read_text()
+        assert f"{matrix.cells[0][0].gain}" in text or kind == "SVG"
+    assert f"{matrix.cells[0][0].gain:+.3f}" in text
 
 
 def test_invalid_evaluation_shows_error(visit):
@@ -57,6 +136,16 @@ def test_invalid_evaluation_shows_error(visit):
         page.get_by_role("combobox", name="Adapters").press(key)
     page.get_by_role("button", name="Evaluate").click()
     expect(page.get_by_role("alert")).to_have_text("Choose at least one adapter to evaluate.")
+
+
+def test_missing_adapter_is_named(served):
+    from lora_tuner.server.playground.gains_tab import GainsTab  # Gradio takes seconds to import
+
+    async def updates():
+        tab = GainsTab(served.service, PageRequests(served.service, Metrics(served.service)))
+        return [str(shown) async for shown in tab.evaluate(["noir", "gone"], "")]
+
+    assert "gone: no longer in the library, or damaged." in run_async(updates())[-1]
 
 
 @pytest.mark.slow
