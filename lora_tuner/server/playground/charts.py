@@ -191,7 +191,7 @@ def downloads(name: str, svg: Markup, table: Iterable[Sequence[object]]) -> Mark
         )
         for kind, media, content in files
     )
-    return Markup('<p class="note">{}</p>').format(links)
+    return Markup('<p class="downloads">{}</p>').format(links)
 
 
 def _csv_cell(value: object) -> object:
@@ -210,7 +210,8 @@ def template(name: str) -> jinja2.Template:
     """Return a template of this folder, which escapes all text."""
 
     def clean(value: object) -> object:  # XML allows no control characters
-        return escape_control(value) if isinstance(value, str) else value
+        is_text = isinstance(value, str) and not isinstance(value, Markup)
+        return escape_control(str(value)) if is_text else value
 
     loader = jinja2.FileSystemLoader(_FOLDER)
     return jinja2.Environment(autoescape=True, finalize=clean, loader=loader).get_template(name)

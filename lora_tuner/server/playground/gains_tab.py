@@ -30,7 +30,9 @@ class GainsTab(PageTab):
     def build(self) -> gr.Dropdown:
         with gr.Row():
             names = self.adapters_dropdown("Each is evaluated on the held-out rows of all.", scale=3)
-            rows = gr.Textbox(label="Rows", info="Rows per adapter (blank: all).", placeholder="all")
+            rows = gr.Textbox(
+                label="Rows", info="Rows per adapter (blank: all).", placeholder="all", min_width=220
+            )
         with gr.Row():
             start, stop = buttons("Evaluate")
         output = gr.HTML(

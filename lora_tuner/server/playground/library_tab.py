@@ -25,7 +25,7 @@ class LibraryTab(PageTab):
         """Add the tab, and return the events on which the library is read anew."""
         refresh = gr.Button("Refresh", size="sm", scale=0)
         table = gr.HTML(apply_default_css=False, js_on_load=SELECT_ADAPTER)
-        card = gr.HTML(html.note("Choose an adapter to see its details."), apply_default_css=False)
+        self.details = card = gr.HTML(html.note("Choose an adapter to see its details."), apply_default_css=False)
         refresh_events = [tab.select, refresh.click]
         on(refresh_events, self.library, None, table)
         table.select(

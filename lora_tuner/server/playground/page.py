@@ -17,7 +17,15 @@ from .common import on
 from .gains_tab import GainsTab
 from .library_tab import LibraryTab
 from .requests import PageRequests
+from .sweeps_tab import SweepsTab
 from .write_tab import WriteTab
+
+# Again when the list above the details has come.
+SCROLL_TO_DETAILS = """() => {
+    const watch = new ResizeObserver(() => document.querySelector(".card")?.scrollIntoView());
+    watch.observe(document.body);
+    setTimeout(() => watch.disconnect(), 2000);
+}"""
 
 
 class Page:
@@ -30,6 +38,7 @@ class Page:
         self.blend = BlendTab(service, requests)
         self.library = LibraryTab(service, requests)
         self.gains = GainsTab(service, requests)
+        self.sweeps = SweepsTab(service, requests)
 
     def blocks(self) -> gr.Blocks:
         # Else Gradio computes statistics over its last 10,000 events after each event.
@@ -37,18 +46,26 @@ class Page:
         page: gr.Blocks
         with gr.Blocks(title="lora_tuner", analytics_enabled=False) as page:
             gr.HTML(html.head(self.service.name), apply_default_css=False)
-            with gr.Tabs():
+            with gr.Tabs() as tabs:
                 with gr.Tab("Write"):
                     dropdowns = [self.write.build()]
                 with gr.Tab("Blend") as tab:
                     dropdowns += self.blend.build(tab)
-                with gr.Tab("Library") as tab:
+                with gr.Tab("Library", id="library") as tab:
                     refresh_events = self.library.build(tab)
                 with gr.Tab("Gains"):
                     dropdowns += [self.gains.build()]
+                with gr.Tab("Sweeps") as tab:
+                    sweep = self.sweeps.build(tab)
+            opened = on(sweep.select, self.open_in_library, None, [tabs, self.library.details])
+            opened.then(None, js=SCROLL_TO_DETAILS, api_visibility="private")
             on([page.load, *refresh_events], self.update_choices, dropdowns, dropdowns)
         page.queue(default_concurrency_limit=None, api_open=False)  # the scheduler has the limit
         return page
+
+    async def open_in_library(self, event: gr.EventData) -> tuple[gr.Tabs, str]:
+        """Show the details of the adapter whose name was clicked in another tab."""
+        return gr.Tabs(selected="library"), await self.library.card(event)
 
     async def update_choices(self, *selections: str | list[str] | None) -> list[dict[str, object]]:
         """Offer the current adapters in each dropdown, and keep the selected ones that still exist."""

@@ -101,7 +101,7 @@ def waiting_for_events(page):
 
 
 def open_tab(page, name):
-    with waiting_for_events(page) if name == "Library" else contextlib.nullcontext():
+    with waiting_for_events(page) if name in ("Library", "Sweeps") else contextlib.nullcontext():
         page.get_by_role("tab", name=name).click()
 
 

@@ -1,5 +1,6 @@
 """A server with a small library and a browser, for all tests of the page."""
 
+import json
 import os
 
 import pytest
@@ -27,8 +28,25 @@ def _training_cache(adapters, monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def sweep(adapters):
+    """A finished sweep, whose third trial diverged and whose fourth is not in the library."""
+    folder = adapters.parent / "runs" / "rates.sweep"
+    folder.mkdir(parents=True)
+    losses = {"noir": 3.0, "verse": 2.8, "high": None, "gone": 3.25}
+    trials = [
+        {"name": name, "rank": 4, "learning_rate": 0.001 * 4**number, "loss": loss}
+        | ({} if loss is None else {"bytes": 1200, "seconds": 3.0, "gap": loss - 2.8, "standard_error": 0.05})
+        for number, (name, loss) in enumerate(losses.items())
+    ]
+    result = {"name": "rates", "base_loss": 3.5, "trials": trials, "recommended": "verse"}
+    places = {"path": "adapters/verse", "folder": "runs/rates.sweep"}
+    (folder / "sweep.json").write_text(json.dumps(result | places))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def served(gpt2, adapters):
-    with serving(gpt2, adapters, page=True, max_tokens=500) as served:
+    with serving(gpt2, adapters, page=True, max_tokens=500, runs_dir=adapters.parent / "runs") as served:
         yield served
 
 

@@ -76,7 +76,7 @@ def test_page_works_by_keyboard(visit):
 
 @pytest.mark.slow
 def test_every_control_has_a_name(page):
-    for name in ("Write", "Blend", "Library", "Gains"):
+    for name in ("Write", "Blend", "Library", "Gains", "Sweeps"):
         open_tab(page, name)
         nameless = page.locator("button:visible, input:visible, textarea:visible, select:visible").evaluate_all(
             """controls => controls.filter(control => !(control.getAttribute('aria-label') || control.title
@@ -104,10 +104,13 @@ def fill_tabs(page):
     page.get_by_role("button", name="Evaluate").click()
     page.get_by_role("table", name=re.compile("^Gain over")).wait_for()
     yield "evaluate"
+    open_tab(page, "Sweeps")
+    page.get_by_role("img", name=re.compile("^Held-out loss of the trials")).wait_for()
+    yield "sweeps"
 
 
 @pytest.mark.slow
-def test_page_fits_phone_with_enough_contrast(visit):
+def test_page_fits_phone_with_enough_contrast(visit, sweep):
     """Contrast ratio of WCAG 2, section 1.4.3."""
     page = visit()
     desktop_size = page.viewport_size
