@@ -34,30 +34,32 @@ runs_app = typer.Typer(
 
 @runs_app.command("list", cls=StrictCommand)
 def list_runs(runs_dir: RunsDirOption = DEFAULT_RUNS_DIR, as_json: JsonOption = False) -> None:
-    """List unfinished runs and sweeps: steps done, age, data, running or stopped. `runs` alone does the same.
+    """List unfinished runs and sweeps: steps done, age, data, state. `runs` alone does the same.
+
+    Waiting ones are those of `train --queue`, with the number of runs before them.
 
     python cli.py runs list
 
     Docs: docs/tour.md
     """
-    from ..training.unfinished import unfinished_runs
+    from ..training.jobs import list_jobs
 
-    runs = unfinished_runs(runs_dir)
+    jobs = [job for job in list_jobs(runs_dir) if job.state.is_alive or job.folder.exists()]
     if as_json:
-        show_json([run.to_dict() for run in runs])
+        show_json([job.to_dict() for job in jobs])
         return
     rows = []
-    for run in runs:
-        if run.problem:
-            print_stderr(f"{run.name} is broken: {run.problem}")
-        step = "?" if run.total is None else f"{run.done:,} of {run.total:,}"
+    for job in jobs:
+        if job.problem:
+            print_stderr(f"{job.name} {'failed' if job.state == 'failed' else 'is broken'}: {job.problem}")
+        step = "?" if job.total is None else f"{job.step:,} of {job.total:,}"
         rows.append(
             (
-                run.name,
-                f"{step} trials" if run.kind == "sweep" else step,
-                format_age(run.created),
-                ", ".join(Path(name).name for name in run.data) or "?",
-                "running" if run.running else "stopped",
+                job.name,
+                f"{step} trials" if job.kind == "sweep" else step,
+                format_age(job.created),
+                ", ".join(Path(name).name for name in job.data) or "?",
+                f"{job.state} for {job.ahead}" if job.ahead else str(job.state),
             )
         )
     if rows:

@@ -1,5 +1,6 @@
 """The commands `train` and `methods`."""
 
+import contextlib
 import dataclasses
 import shlex
 from pathlib import Path
@@ -9,6 +10,7 @@ import typer
 
 from .. import distributed
 from ..adapters.adapter import LOSS_PLOT_FILE, RUN_FILE, Adapter, load_adapter_folder
+from ..adapters.library import adapter_name
 from ..adapters.manifest import RateProbe
 from ..adapters.model_card import final_samples
 from ..config import METHODS, STOP_RULES, TrainConfig
@@ -59,6 +61,9 @@ def train(
             show_default=False,
         ),
     ] = None,
+    queue: Annotated[
+        bool, typer.Option("--queue", help="First wait until the runs before it in --runs-dir have ended.")
+    ] = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Measure a few steps and print the estimated cost; do not train.")
     ] = False,
@@ -92,7 +97,46 @@ def train(
     if len(configs) > 1 and (plan or preview):
         raise ConfigError("--plan and --preview are for a single run: give one rank and one learning rate.")
     settings = configs[0]
+    if queue and (plan or preview):
+        raise ConfigError("--queue is for training: leave it out with --plan and --preview.")
+    if queue and distributed.expected_world_size() > 1:
+        raise ConfigError("--queue is for a single process: run it without torchrun.")
     changes: dict[str, Any] = {"threads": settings.threads, "accept": [accept] if accept else []}
+    with _turn(configs, resume) if queue else contextlib.nullcontext():
+        _run(configs, resume, changes, plan=plan, preview=preview, as_json=as_json)
+    distributed.destroy_process_group()
+
+
+def _turn(configs: list[TrainConfig], resume: str | None) -> contextlib.AbstractContextManager[None]:
+    """Wait before anything heavy is loaded. Refuse a name that is taken at once."""
+    from ..training import paths
+    from ..training.tickets import turn
+
+    settings = configs[0]
+    runs_dir, name = settings.runs_dir, resume or adapter_name(settings)
+    sweep_folder = paths.sweep_folder(runs_dir, name)
+    if resume:
+        is_sweep = (sweep_folder / paths.SWEEP_STATE_FILE).is_file()
+        if not is_sweep and not (runs_dir / name / RUN_FILE).is_file():
+            return contextlib.nullcontext()  # what resumes it says why it cannot
+    else:
+        is_sweep = len(configs) > 1
+        if not is_sweep:
+            paths.check_places(settings)
+            paths.check_output_paths(settings)
+    return turn(runs_dir, sweep_folder.name if is_sweep else name, display)
+
+
+def _run(
+    configs: list[TrainConfig],
+    resume: str | None,
+    changes: dict[str, Any],
+    *,
+    plan: bool,
+    preview: int | None,
+    as_json: bool,
+) -> None:
+    settings = configs[0]
     from ..training import run, sweep
     from ..training.preview import make_preview
 
@@ -130,7 +174,6 @@ def train(
                 show_json(adapter.to_dict() | {"picture": str(adapter.path / LOSS_PLOT_FILE), "samples": samples})
             else:
                 _show_trained(adapter)
-    distributed.destroy_process_group()
 
 
 def _advise_more_steps(name: str, overrides: Overrides) -> str:

@@ -1,6 +1,7 @@
-"""Trainer's arguments, learning-rate schedule, data order, trackers and watch of the threads."""
+"""Trainer's arguments, learning-rate schedule, data order, trackers, live log and watch of the threads."""
 
 import itertools
+import json
 import math
 import os
 import random
@@ -8,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -19,15 +21,16 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
-from .. import distributed
+from .. import atomic_io, distributed
 from ..adapters.samples import COLUMNS, Sample, samples_table
 from ..config import TrainConfig
 from ..data.mixing import mix
-from ..errors import ConfigError, Notice, TrainingError
+from ..errors import ConfigError, EventHandler, Notice, TrainingError, os_error_message
 from ..models import threads
-from .checkpoints import resume_command
+from .checkpoints import LIVE_FILES, resume_command
 from .setup import TrainingSetup
 
+LOSSES = {"loss", "eval_loss", "eval_subset_loss"}
 LOOK_SECONDS = 60.0  # between two looks at how busy the machine is
 
 
@@ -108,6 +111,56 @@ def log_samples(trackers: Sequence[TrainerCallback], samples: Sequence[Sample]) 
         elif isinstance(tracker, TrackioCallback):
             table = tracker._trackio.Markdown(samples_table(samples))
             tracker._trackio.log({"samples": table, "train/global_step": step})
+
+
+class LiveLog(TrainerCallback):
+    """Losses and samples so far, in the folder of a run, as the adapter will have them.
+
+    Each line is appended as it comes. Where a disk is full that is told once, and all is written again
+    with the next step: the log itself is in the checkpoints.
+
+    Args:
+        start: what stands before the log, such as the loss of the base.
+    """
+
+    def __init__(self, folder: Path, start: Sequence[dict[str, float]], notify: EventHandler) -> None:
+        self.folder, self.start, self.notify = folder, start, notify
+        self.written = 0  # entries of the log
+        self.has_failed = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._update(state)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._update(state)
+
+    def _update(self, state: TrainerState) -> None:
+        if not state.is_world_process_zero:
+            return
+        log: list[dict[str, Any]] = state.log_history
+        new = log[self.written :] if self.written else [*self.start, *log]
+        losses = [entry for entry in new if LOSSES & entry.keys()]
+        samples = [sample for entry in new for sample in entry.get("samples", [])]
+        try:
+            for name, entries in zip(LIVE_FILES, (losses, samples), strict=True):
+                text = "".join(f"{json.dumps(entry)}\n" for entry in entries)
+                if not self.written:
+                    atomic_io.atomic_write_text(self.folder / name, text)
+                elif text:
+                    with (self.folder / name).open("a", encoding="utf-8") as file:
+                        file.write(text)
+            self.written = len(log)
+        except OSError as error:
+            self.written = 0
+            if not self.has_failed:
+                self.has_failed = True
+                self.notify(
+                    Notice(f"The run goes on, but its curve cannot be followed. {os_error_message(error)}")
+                )
 
 
 def learning_rate_factor(step: int, schedule: str, warmup: float, steps: int) -> float:

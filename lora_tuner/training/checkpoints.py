@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from .. import atomic_io
 from ..adapters import adapter
 from ..adapters.manifest import Manifest
+from ..adapters.samples import SAMPLES_FILE
 from ..atomic_io import HASHES_FILE
 from ..config import TrainConfig
 from ..errors import AdapterError, ConfigError, EventHandler, Notice, TrainingError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 KEPT_CHECKPOINTS = 2
 PREFIX, STREAM_FILE = "checkpoint-", "stream.json"
 RNG_PREFIX = "rng_state"  # each process has a file of its own
+LIVE_FILES = (adapter.METRICS_FILE, SAMPLES_FILE)  # losses and samples so far
 REQUIRED_FILES = {
     adapter.WEIGHTS_FILE, adapter.CONFIG_FILE, adapter.MANIFEST_FILE, adapter.RUN_FILE,
     "optimizer.pt", "scheduler.pt", "trainer_state.json",
@@ -63,6 +65,7 @@ def is_run(folder: Path) -> bool:
     names = {path.name for path in list_checkpoints(folder)} | {
         adapter.MANIFEST_FILE,
         adapter.RUN_FILE,
+        *LIVE_FILES,
         "last-good",
     }
     return holds_only(names, folder)

@@ -13,12 +13,14 @@ from ..adapters.adapter import RUN_FILE
 from ..adapters.library import Library, adapter_name
 from ..config import TrainConfig
 from ..errors import EventHandler, Notice, TrainingError, os_error_message
-from . import checkpoints
+from . import checkpoints, tickets
 
 if TYPE_CHECKING:
     from .setup import TrainingSetup
 
 SWEEP_STATE_FILE, SWEEP_RESULT_FILE, SWEEP_PLOT_FILE = "sweep.yaml", "sweep.json", "sweep.png"
+JOBS_DIR = ".jobs"
+JOB_VARIABLE = "LORA_TUNER_JOB"  # name of the run that this process is the job of
 NAME_TAKEN_ADVICE = "rename or remove that one first (`adapters rename`, `adapters remove`)"
 
 
@@ -28,6 +30,17 @@ def run_folder(config: TrainConfig) -> Path:
 
 def sweep_folder(runs_dir: Path, name: str) -> Path:
     return runs_dir / f"{name}.sweep"  # names of adapters have no dot
+
+
+def job_folder(runs_dir: Path, name: str) -> Path:
+    """Return the folder with settings, messages and result of a run that was started as a job."""
+    return runs_dir / JOBS_DIR / name
+
+
+def forget_job(runs_dir: Path, name: str) -> None:
+    atomic_io.delete(job_folder(runs_dir, name))
+    with contextlib.suppress(OSError):  # others are in it, or there is none
+        (runs_dir / JOBS_DIR).rmdir()
 
 
 def _lock_path(runs_dir: Path, name: str) -> Path:
@@ -51,7 +64,7 @@ def run_lock(runs_dir: Path, name: str) -> Iterator[None]:
         yield
         return
     path = _lock_path(runs_dir, name)
-    lock = FileLock(path, timeout=0)
+    lock = FileLock(path, timeout=0.1)  # a look holds it for a moment
     if why := atomic_io.why_not_writable(runs_dir):
         raise TrainingError(f"{why}: choose another --runs-dir.")
     runs_dir.mkdir(parents=True, exist_ok=True)
@@ -63,7 +76,10 @@ def run_lock(runs_dir: Path, name: str) -> Iterator[None]:
             f"Another process is training '{name}': choose another --name, or wait for it."
         ) from error
     try:
-        yield
+        if os.environ.get(JOB_VARIABLE) != name:
+            forget_job(runs_dir, name)  # of a run of this name before
+        with tickets.ticket(runs_dir, name):
+            yield
     finally:
         with contextlib.suppress(OSError):  # Windows does not delete an open file
             path.unlink()  # before the release: the next process creates a new one
@@ -148,10 +164,11 @@ def check_sweep_folder(folder: Path, advice: str) -> None:
 
 
 def remove_run_folder(config: TrainConfig, folder: Path, notify: EventHandler) -> None:
-    """Remove the folder of a finished run, or with `keep_checkpoints` its run.yaml."""
+    """Remove the folder of a finished run, or with `keep_checkpoints` all but these."""
     try:
         if config.keep_checkpoints:
-            (folder / RUN_FILE).unlink()
+            for name in (*checkpoints.LIVE_FILES, RUN_FILE):
+                (folder / name).unlink(missing_ok=name != RUN_FILE)
         else:
             atomic_io.delete_atomically(folder)
     except OSError as error:

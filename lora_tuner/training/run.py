@@ -321,7 +321,8 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
         setup.notify(Notice(f"Resuming after {checkpoint.name.replace('checkpoint-', 'step ')}."))
     try:
         with trainer.explain_how_to_finish(setup, folder):
-            state, history, held_out = trainer.run_trainer(setup, folder, checkpoint, samples)
+            live = arguments.LiveLog(folder, setup.curve_start(base_held_out), setup.notify)
+            state, history, held_out = trainer.run_trainer(setup, folder, checkpoint, samples, live)
             steps = [entry for entry in history if "loss" in entry]
             trained = {
                 "steps": state.global_step,
@@ -363,19 +364,12 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
 
 
 def _complete_curve(setup: TrainingSetup, history: History, base: HeldOutLoss, adapter: HeldOutLoss) -> History:
-    """Add both ends of the curve to the log entries, from the measurements of all held-out rows.
-
-    That of the base is left out where the run begins with a parent.
-    """
+    """Add both ends of the curve to the log entries, from the measurements of all held-out rows."""
     if setup.curve is None:
         return history
-    rows = setup.curve.rows
-    start, end = (
-        {"step": step, "eval_subset_loss": loss.select(rows).loss, "eval_subset_rows": len(rows)}
-        for step, loss in ((0, base), (setup.max_steps, adapter))
-    )
     is_measured = any("eval_subset_loss" in entry and entry["step"] == setup.max_steps for entry in history)
-    return [*([] if setup.parent else [start]), *history, *([] if is_measured else [end])]
+    end = [] if is_measured else [setup.curve_point(setup.max_steps, adapter)]
+    return [*setup.curve_start(base), *history, *end]
 
 
 def _create_run_folder(setup: TrainingSetup, folder: Path) -> None:

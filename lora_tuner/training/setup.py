@@ -93,6 +93,17 @@ class TrainingSetup(TrainingInputs):
             self.measured_texts, conversations=self.manifest.is_chat
         )
 
+    def curve_start(self, base: HeldOutLoss) -> list[dict[str, float]]:
+        """Return the point of the base on the held-out curve; none where the run begins with a parent."""
+        return [] if self.parent else [self.curve_point(0, base)]
+
+    def curve_point(self, step: int, loss: HeldOutLoss) -> dict[str, float]:
+        """Return the log entry of a point on the held-out curve, from the losses of all held-out rows."""
+        if self.curve is None:
+            return {"step": step, "eval_loss": loss.loss}
+        rows = self.curve.rows
+        return {"step": step, "eval_subset_loss": loss.select(rows).loss, "eval_subset_rows": len(rows)}
+
     def source_infos(self) -> list[SourceInfo]:
         """Return what the manifest has of each of several datasets."""
         sources, total = self.dataset.sources, sum(self.dataset.weights)

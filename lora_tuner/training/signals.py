@@ -9,7 +9,8 @@ from types import FrameType
 from .. import distributed
 
 HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # not on Windows
-TERMINATION = (signal.SIGTERM,) if HANGUP is None else (signal.SIGTERM, HANGUP)
+BREAK: signal.Signals | None = getattr(signal, "SIGBREAK", None)  # on Windows alone
+TERMINATION = (signal.SIGTERM, *(number for number in (HANGUP, BREAK) if number is not None))
 
 
 @contextlib.contextmanager

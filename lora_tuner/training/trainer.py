@@ -50,7 +50,9 @@ from ..text import format_bytes
 from . import checkpoints
 from .advice import lower_rate
 from .arguments import (
+    LOSSES,
     EpochOrder,
+    LiveLog,
     WatchThreads,
     learning_rate_factor,
     tensorboard_callback,
@@ -62,11 +64,9 @@ from .samples import RunSamples
 from .setup import TrainingSetup
 from .signals import stop_on_signal
 
-LOSSES = {"loss", "eval_loss", "eval_subset_loss"}
-
 
 def run_trainer(
-    setup: TrainingSetup, folder: Path, checkpoint: Path | None, samples: RunSamples
+    setup: TrainingSetup, folder: Path, checkpoint: Path | None, samples: RunSamples, live: LiveLog
 ) -> tuple[TrainerState, list[dict[str, float]], evaluation.HeldOutLoss]:
     """Train `setup.model` from its start or from a checkpoint, and measure its held-out loss.
 
@@ -92,6 +92,7 @@ def run_trainer(
             trainer.add_callback(_StopOnSignal(stop))
             samples.trackers = trainer.callback_handler.callbacks
             trainer.add_callback(samples)  # after the trackers have begun
+            trainer.add_callback(live)  # after the samples are in the log
             try:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             except (DataError, HubError) as error:  # the stream has ended early
@@ -295,17 +296,16 @@ class LoraTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            seconds = time.perf_counter() - self.step_start
-            logs |= {"tokens": self.predictions, "seconds": round(seconds, 4)}
-            self._show_step(logs["loss"], self.predictions / seconds)
+            seconds, memory = time.perf_counter() - self.step_start, peak_memory(self.setup.base.device)
+            logs |= {"tokens": self.predictions, "seconds": round(seconds, 4), "peak_memory_bytes": memory}
+            self._show_step(logs["loss"], f"{self.predictions / seconds:,.0f} tokens/s  {format_bytes(memory)}")
         super().log(logs, start_time)
 
-    def _show_step(self, loss: float, tokens_per_second: float) -> None:
+    def _show_step(self, loss: float, pace: str) -> None:
         if self.average is None:  # a resumed run has a log
             losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
             self.average = AverageLoss(self.state.max_steps, losses)
-        average, memory = self.average.update(loss), format_bytes(peak_memory(self.setup.base.device))
-        text = f"loss {loss:.3f}, avg {average:.3f}  {tokens_per_second:,.0f} tokens/s  {memory}"
+        text = f"loss {loss:.3f}, avg {self.average.update(loss):.3f}  {pace}"
         self.setup.notify(Progress("training", self.state.global_step, self.state.max_steps, text))
 
     def measure_held_out(self, curve: HeldOutCurve | None = None) -> evaluation.HeldOutLoss:

@@ -1,15 +1,16 @@
 """runs: unfinished runs and sweeps are listed, and removed."""
 
 import json
+import os
 import re
 
 import pytest
 
 from lora_tuner import TrainConfig, atomic_io, resume
-from lora_tuner.adapters.adapter import CONFIG_FILE, RUN_FILE
+from lora_tuner.adapters.adapter import CONFIG_FILE, METRICS_FILE, RUN_FILE
 from lora_tuner.errors import TrainingError
 from lora_tuner.settings_files import config_to_yaml
-from lora_tuner.training import sweep
+from lora_tuner.training import sweep, tickets
 from lora_tuner.training.paths import run_lock
 from lora_tuner.training.unfinished import SweepState, write_sweep
 
@@ -48,13 +49,27 @@ def test_runs_lists_step_age_data(stopped, tmp_path):
     assert re.search(r"  \d+ s +noir.csv  stopped", listed.stdout)
     assert rows_of(listed) == [
         ["name", "step", "age", "data", "state"],
+        ["poems", "20", "of", "1,200", "noir.csv", "starting"],
         ["noir", "20", "of", "1,200", "noir.csv", "stopped"],
-        ["poems", "20", "of", "1,200", "noir.csv", "running"],
     ]
-    noir, poems = json.loads(run("runs", "--json").stdout)
-    assert (noir["name"], noir["kind"], noir["done"], noir["total"]) == ("noir", "run", 20, 1200)
-    assert (noir["data"], noir["running"], noir["folder"]) == (["texts/noir.csv"], False, "runs/noir")
-    assert poems["running"] is False
+    poems, noir = sorted(json.loads(run("runs", "--json").stdout), key=lambda job: job["name"], reverse=True)
+    assert (noir["name"], noir["kind"], noir["step"], noir["total"]) == ("noir", "run", 20, 1200)
+    assert (noir["data"], noir["state"], noir["folder"]) == (["texts/noir.csv"], "stopped", "runs/noir")
+    assert (poems["state"], poems["pid"]) == ("stopped", None)
+
+
+def test_runs_lists_waiting_and_running(stopped, tmp_path):
+    (stopped("poems") / METRICS_FILE).write_text('{"step": 24, "loss": 2.0}\n')
+    with run_lock(tmp_path / "runs", "poems"), tickets.ticket(tmp_path / "runs", "later", 1):
+        listed = json.loads(run("runs", "--json").stdout)
+        assert rows_of(run("runs"))[1:] == [
+            ["poems", "24", "of", "1,200", "noir.csv", "running"],
+            ["later", "?", "?", "starting"],
+        ]
+    assert [(job["name"], job["state"], job["pid"]) for job in listed] == [
+        ("poems", "running", os.getpid()),
+        ("later", "starting", os.getpid()),
+    ]
 
 
 def test_runs_without_any_says_so(tmp_path):

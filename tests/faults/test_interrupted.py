@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lora_tuner.training.paths import run_lock
+
 from .. import adapter_files
 from . import workspaces
 from .injected_signals import ignored, signalled
@@ -192,6 +194,29 @@ def test_ctrl_c_from_another_process(start, arguments):
     command.send(signal.SIGCONT)
     ended = command.end()
     assert stopped(ended, "Stopped at step 3 of 9, saved. Resume with: python cli.py train --resume reviews")
+
+
+@pytest.mark.parametrize("number", [INT, pytest.param(HUP, marks=pytest.mark.slow)])
+def test_interrupted_waiting_leaves_nothing(start, arguments, number):
+    with run_lock(Path("runs"), "other"):
+        command = start(*arguments, "--queue")
+        command.wait_for(lambda: "Waiting" in command.err)
+        assert command.err == "Waiting for 1 run in runs: other.\n"
+        command.send(number)
+        assert stopped(command.end())
+    assert leftovers() == set()
+
+
+def test_queued_run_goes_on_alone(start, arguments, run):
+    with run_lock(Path("runs"), "other"):
+        command = start(*arguments, "--max-steps", "1", "--queue")
+        command.wait_for(lambda: "Waiting" in command.err)
+        assert "'reviews' is training or waiting in runs already" in run(*arguments, "--queue").line
+        assert "There is no unfinished run runs/reviews" in run("train", "--resume", "reviews", "--queue").line
+    assert command.end().status == 0
+    assert leftovers() == {str(ADAPTER)}
+    assert "adapters/reviews exists" in run(*arguments, "--queue").line
+    assert "--queue is for training" in run(*arguments, "--queue", "--plan").line
 
 
 def _state(pid: int) -> str:

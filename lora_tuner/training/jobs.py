@@ -1,0 +1,384 @@
+"""Runs as jobs: processes of their own, which wait for each other and outlive the one that starts them. No torch.
+
+What was started here keeps its settings, messages and result in `runs/.jobs/NAME/` until it is
+forgotten. Runs that were started in a terminal are listed, stopped and paused as well.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from .. import atomic_io
+from ..adapters.adapter import RUN_FILE
+from ..adapters.library import adapter_name
+from ..config import TrainConfig
+from ..errors import ConfigError, TrainingError
+from ..settings_files import resolve_settings
+from . import paths
+from .live import LiveRun as LiveRun
+from .live import last_step
+from .live import read_live as read_live
+from .paths import JOB_VARIABLE, JOBS_DIR, job_folder
+from .tickets import Ticket, ahead_of, live_tickets, process_start
+from .unfinished import UnfinishedRun, find_removable, remove_unfinished, unfinished_runs
+
+SETTINGS_FILE, LOG_FILE, RESULT_FILE, PROCESS_FILE = "settings.yaml", "log.txt", "result.json", "process.json"
+KEPT_JOBS = 5  # that have finished, or failed with nothing to resume
+MAX_LOG_BYTES, KEPT_LOG_BYTES = 1_000_000, 100_000
+_START_SECONDS = 30.0  # until a process has its ticket, at most
+_SAME_PROCESS_MS = 2000  # the clock may be set in between
+_starting = threading.Lock()
+
+
+class JobState(StrEnum):
+    """State of a job. Stopped ones can be resumed, and failed ones that have a checkpoint."""
+
+    WAITING = "waiting"
+    STARTING = "starting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    FINISHED = "finished"
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it has a process."""
+        return self in (JobState.WAITING, JobState.STARTING, JobState.RUNNING, JobState.PAUSED)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, or a sweep, in a folder of runs.
+
+    Attributes:
+        folder: That of the run, which need not exist yet or any more.
+        log: Messages of a run that was started by `start_job` or `resume_job`.
+        step: Steps so far; of a sweep, trials that have ended.
+        total: All steps, or trials; None while that is unknown.
+        data: The datasets, where they are known.
+        created: Time at which it was begun, ISO 8601.
+        pid: Its process, if it has one.
+        ahead: Jobs that must end before it starts.
+        problem: Its last error message, or the reason why its settings cannot be read.
+    """
+
+    name: str
+    state: JobState
+    folder: Path
+    log: Path | None = None
+    step: int = 0
+    total: int | None = None
+    data: list[str] = field(default_factory=list)
+    created: str = ""
+    pid: int | None = None
+    ahead: int = 0
+    problem: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """Either `run` or `sweep`."""
+        return "sweep" if self.folder.suffix == ".sweep" else "run"
+
+    def to_dict(self) -> dict[str, object]:
+        texts = {"kind": self.kind, "folder": str(self.folder), "log": str(self.log) if self.log else None}
+        return asdict(self) | texts
+
+
+def list_jobs(runs_dir: Path) -> list[Job]:
+    """Return the jobs of a folder of runs: those with a process in the order of their turns, then the newest first."""
+    tickets = live_tickets(runs_dir)
+    runs = {run.folder.name: run for run in unfinished_runs(runs_dir)}
+    started = {log.parent.name: log.parent for log in runs_dir.glob(f"{JOBS_DIR}/*/{LOG_FILE}")}
+    names = list(dict.fromkeys([*(ticket.name for ticket in tickets), *runs, *started]))
+    jobs = [_describe(runs_dir / name, tickets, runs.get(name), started.get(name)) for name in names]
+    ended = sorted((job for job in jobs if not job.state.is_alive), key=lambda job: job.created, reverse=True)
+    return [*(job for job in jobs if job.state.is_alive), *ended]
+
+
+def find_job(name: str, runs_dir: Path) -> Job:
+    """Return the job of this name. Raises TrainingError if there is none."""
+    for job in list_jobs(runs_dir):
+        if job.name == name:
+            return job
+    raise TrainingError(f"There is no run '{name}' in {runs_dir}.")
+
+
+def start_job(config: TrainConfig) -> Job:
+    """Start a run in a process of its own, which first waits until the runs before it have ended.
+
+    Returns at once when the process has its place in the queue. It outlives this process and its
+    terminal. What it refuses later, such as unreadable data, is the `problem` of the failed job.
+
+    Raises:
+        LoraTunerError: the name is taken, or the folders cannot be used.
+    """
+    name = adapter_name(config)
+    paths.check_places(config)
+    paths.check_output_paths(config)
+    values = config.model_dump(mode="json", exclude_none=True, exclude_unset=True) | {"name": name}
+    settings = job_folder(config.runs_dir, name) / SETTINGS_FILE
+    return _start(config.runs_dir, name, ["--config", str(settings)], yaml.safe_dump(values, allow_unicode=True))
+
+
+def resume_job(name: str, runs_dir: Path) -> Job:
+    """Resume a stopped run in a process of its own, as `start_job` starts one.
+
+    Raises:
+        TrainingError: there is no such run, or it has a process.
+    """
+    if not (find_job(name, runs_dir).folder / RUN_FILE).is_file():
+        raise TrainingError(f"{name} has no unfinished run in {runs_dir}, so it cannot be resumed: train again.")
+    return _start(runs_dir, name, ["--resume", name, "--runs-dir", str(runs_dir)])
+
+
+def stop_job(job: Job) -> None:
+    """Let a run save a checkpoint and end, as Ctrl-C does; remove one that waits from the queue.
+
+    Returns before the run has ended. Raises TrainingError if it has no process here.
+    """
+    if job.state == JobState.WAITING:
+        dismiss_job(job)
+    else:
+        _ask_to_end(_process(job))
+
+
+def pause_job(job: Job) -> None:
+    """Suspend the process of a run. Raises TrainingError if it has none here."""
+    _process(job).suspend()
+
+
+def continue_job(job: Job) -> None:
+    """Continue a process that `pause_job` has suspended. Raises TrainingError if there is none here."""
+    _process(job).resume()
+
+
+def dismiss_job(job: Job) -> None:
+    """Forget what was said of a job that has finished or failed, take one that waits from the queue, or
+    delete a stopped run with its checkpoints.
+
+    Of a run that failed or waits to be resumed the checkpoints are kept: then it is a stopped one.
+
+    Raises:
+        TrainingError: it is training, or its folder holds other files.
+    """
+    runs_dir = job.folder.parent
+    if job.state == JobState.WAITING:
+        process = _process(job)
+        _ask_to_end(process)
+        with contextlib.suppress(psutil.TimeoutExpired):
+            process.wait(10)
+    elif job.state.is_alive:
+        raise TrainingError(f"{job.name} is training: stop it first.")
+    elif job.state == JobState.STOPPED:
+        remove_unfinished(find_removable(job.name, runs_dir))
+    paths.forget_job(runs_dir, job.folder.name)
+
+
+# Processes
+
+
+def _start(runs_dir: Path, name: str, arguments: list[str], settings: str | None = None) -> Job:
+    """Start `train` in a process without a terminal, and wait until it has its place in the queue."""
+    folder = job_folder(runs_dir, name)
+    with _starting:
+        if any(job.name == name and job.state.is_alive for job in list_jobs(runs_dir)):
+            raise TrainingError(
+                f"'{name}' is training or waiting in {runs_dir} already: choose another name, or wait for it."
+            )
+        _forget_old(runs_dir)
+        with atomic_io.atomic_folder(folder) as work:
+            if settings is not None:
+                (work / SETTINGS_FILE).write_text(settings, encoding="utf-8")
+            (work / LOG_FILE).touch()
+        options: dict[str, Any] = {"start_new_session": True}  # no terminal sends it signals
+        if sys.platform == "win32":
+            options = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}  # for CTRL_BREAK_EVENT
+        with (folder / LOG_FILE).open("ab") as log, (folder / RESULT_FILE).open("wb") as result:
+            process = subprocess.Popen(
+                _command("train", *arguments, "--queue", "--json"),
+                stdin=subprocess.DEVNULL,
+                stdout=result,
+                stderr=log,
+                env=os.environ | {JOB_VARIABLE: name},
+                **options,
+            )
+        threading.Thread(target=process.wait, daemon=True).start()  # else it stays as a zombie
+        with contextlib.suppress(psutil.Error):  # it has ended
+            facts = {"pid": process.pid, "started": process_start(process.pid)}
+            atomic_io.atomic_write_text(folder / PROCESS_FILE, json.dumps(facts))
+        end = time.monotonic() + _START_SECONDS
+        while process.poll() is None and time.monotonic() < end:
+            if any(ticket.name == name for ticket in live_tickets(runs_dir)):
+                break
+            time.sleep(0.05)
+    return find_job(name, runs_dir)
+
+
+def _command(*arguments: str) -> list[str]:
+    """Return the command line of a process that has the same modules as this one, wherever they come from."""
+    code = f"import sys; sys.path[:] = {sys.path!r}; from lora_tuner.cli.app import app; app(prog_name='cli.py')"
+    return [sys.executable, "-P", "-c", code, *arguments]
+
+
+def _process(job: Job) -> psutil.Process:
+    """Return the process of a job, which is surely not another one with its number."""
+    runs_dir, name = job.folder.parent, job.folder.name
+    owners = [(ticket.pid, ticket.started) for ticket in live_tickets(runs_dir) if ticket.name == name]
+    for pid, started in [*owners, _read_process(job_folder(runs_dir, name))]:
+        if pid == job.pid and _is_alive(pid, started):
+            return psutil.Process(pid)
+    raise TrainingError(f"{job.name} has no process on this machine: it has ended, or is of another machine.")
+
+
+def _is_alive(pid: int, started: int) -> bool:
+    try:
+        is_same = abs(process_start(pid) - started) <= _SAME_PROCESS_MS
+        return is_same and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _read_process(folder: Path | None) -> tuple[int, int]:
+    """Return number and start of the process of a job; 0 where there is none."""
+    try:
+        facts = json.loads((folder / PROCESS_FILE).read_text(encoding="utf-8")) if folder else {}
+        return int(facts["pid"]), int(facts["started"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return 0, 0
+
+
+def _ask_to_end(process: psutil.Process) -> None:
+    if sys.platform == "win32":
+        process.send_signal(signal.CTRL_BREAK_EVENT)
+    else:
+        process.terminate()
+    process.resume()  # a suspended one gets no signal
+
+
+def _forget_old(runs_dir: Path) -> None:
+    """Delete what is kept of jobs that have ended, beyond the newest."""
+    ended = [
+        job
+        for job in list_jobs(runs_dir)
+        if job.state == JobState.FINISHED or (job.state == JobState.FAILED and not job.folder.exists())
+    ]
+    for job in ended[KEPT_JOBS - 1 :]:
+        dismiss_job(job)
+
+
+# Their states
+
+
+def _describe(run_folder: Path, tickets: Sequence[Ticket], run: UnfinishedRun | None, folder: Path | None) -> Job:
+    """Return a job.
+
+    Args:
+        run: its unfinished run, or sweep.
+        folder: what is kept of it, if it was started here.
+    """
+    own = [ticket for ticket in tickets if ticket.name == run_folder.name]
+    pid, started = _read_process(folder)
+    state, problem = _ended_state(run, folder)
+    if own:
+        pid = own[0].pid
+        state, problem = _living_state(own[0], tickets, run), None
+    elif folder and _is_alive(pid, started):
+        state, problem = JobState.STARTING, None
+    elif run and run.running:  # by a version without tickets
+        state, pid = JobState.RUNNING, 0
+    step = run.done if run else 0
+    if state in (JobState.RUNNING, JobState.PAUSED) and run and run.kind == "run":
+        step = last_step(run_folder) or step
+    total, data = (run.total, run.data) if run else (None, [])
+    result = _result(folder)
+    if state == JobState.FINISHED and result:
+        step = total = result["run"]["steps"]
+    if not data and folder:
+        with contextlib.suppress(ConfigError):
+            data = resolve_settings(TrainConfig, {}, folder / SETTINGS_FILE).dataset_names
+    if run:
+        created = run.created
+    elif folder:
+        created = _iso((folder / LOG_FILE).stat().st_ctime)
+    else:
+        created = _iso(own[0].started / 1000)
+    return Job(
+        name=run.name if run else run_folder.name.removesuffix(".sweep"),
+        state=state,
+        folder=run_folder,
+        log=folder / LOG_FILE if folder else None,
+        step=step,
+        total=total,
+        data=data,
+        created=created,
+        pid=(pid or None) if state.is_alive else None,
+        ahead=len(ahead_of(own[0], tickets)) if state == JobState.WAITING else 0,
+        problem=problem or (run.problem if run else None),
+    )
+
+
+def _living_state(ticket: Ticket, tickets: Sequence[Ticket], run: UnfinishedRun | None) -> JobState:
+    with contextlib.suppress(psutil.Error):
+        if psutil.Process(ticket.pid).status() == psutil.STATUS_STOPPED:
+            return JobState.PAUSED
+    if ticket.number and ahead_of(ticket, tickets):
+        return JobState.WAITING
+    has_begun = run is not None and (run.kind == "sweep" or last_step(run.folder) is not None)
+    return JobState.RUNNING if has_begun and not ticket.number else JobState.STARTING
+
+
+def _ended_state(run: UnfinishedRun | None, folder: Path | None) -> tuple[JobState, str | None]:
+    """Return the state of a job without a process, and its error."""
+    if folder is None:
+        return JobState.STOPPED, None
+    if _result(folder):
+        return JobState.FINISHED, None
+    lines = _log_end(folder / LOG_FILE).splitlines() or ["The process has ended without a message."]
+    if lines[-1].startswith("Error: "):
+        return JobState.FAILED, lines[-1].removeprefix("Error: ")
+    return (JobState.STOPPED, None) if run else (JobState.FAILED, lines[-1])
+
+
+def _result(folder: Path | None) -> dict[str, Any] | None:
+    """Return what a run has printed at its end; None for one that has not finished."""
+    try:
+        text = (folder / RESULT_FILE).read_text(encoding="utf-8") if folder else ""
+        result = json.loads(text)
+        return result if isinstance(result["run"]["steps"], int) else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _log_end(log: Path) -> str:
+    """Return the end of a log, and cut off the beginning of one that has become too long."""
+    try:
+        with log.open("rb+") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - KEPT_LOG_BYTES))
+            end = file.read()
+            if size > MAX_LOG_BYTES:
+                file.seek(0)
+                file.write(end)
+                file.truncate()
+        return end.decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _iso(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,96 @@
+"""Losses and samples of a run so far, as it writes them into its folder (arguments.LiveLog). No torch."""
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..adapters.adapter import METRICS_FILE, RUN_FILE
+from ..adapters.plots import MAX_METRICS_BYTES
+from ..adapters.samples import SAMPLES_FILE, Sample
+from ..errors import ConfigError
+from ..settings_files import read_settings
+
+_RECENT_STEPS = 50  # of which the pace is that of now
+_LAST_BYTES = 4_096  # of a file, which have its last line
+
+
+@dataclass(frozen=True)
+class LiveRun:
+    """A run so far. The pace is that of its latest steps; what cannot be told yet is None.
+
+    Attributes:
+        metrics: Log entries: `step` with `loss`, `tokens`, `seconds`, `peak_memory_bytes`, with
+            `eval_loss` or with `eval_subset_loss`.
+        total: Steps of the whole run.
+        memory_bytes: The most that the run has held.
+    """
+
+    metrics: list[dict[str, Any]]
+    samples: list[Sample]
+    total: int | None
+    memory_bytes: int | None
+    tokens_per_second: float | None
+    seconds_left: float | None
+
+
+def read_live(folder: Path) -> LiveRun:
+    """Read the files of a run, also while it writes them: a line that is torn or damaged is left out."""
+    metrics = [entry for entry in _read_lines(folder / METRICS_FILE) if isinstance(entry.get("step"), int)]
+    samples = []
+    for entry in _read_lines(folder / SAMPLES_FILE):
+        with contextlib.suppress(ValidationError):
+            samples.append(Sample.model_validate(entry))
+    total: int | None = None
+    with contextlib.suppress(ConfigError):
+        steps = read_settings(folder / RUN_FILE).get("max_steps")
+        total = steps if isinstance(steps, int) else None
+    trained = [entry for entry in metrics if {"loss", "tokens", "seconds"} <= entry.keys()]
+    paces = [entry["tokens"] / entry["seconds"] for entry in trained[-_RECENT_STEPS:] if entry["seconds"]]
+    left = None
+    if trained and total is not None:  # a median leaves out the step in which the run was paused
+        step_seconds = median(entry["seconds"] for entry in trained[-_RECENT_STEPS:])
+        left = step_seconds * max(0, total - trained[-1]["step"])
+    return LiveRun(
+        metrics=metrics,
+        samples=samples,
+        total=total,
+        memory_bytes=max((entry.get("peak_memory_bytes", 0) for entry in trained), default=0) or None,
+        tokens_per_second=median(paces) if paces else None,
+        seconds_left=left,
+    )
+
+
+def last_step(folder: Path) -> int | None:
+    """Return the last step that a run has logged; None if there is none."""
+    try:
+        with (folder / METRICS_FILE).open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _LAST_BYTES))
+            entries = _parse(file.read())
+    except OSError:
+        return None
+    steps = [entry["step"] for entry in entries if isinstance(entry.get("step"), int)]
+    return steps[-1] if steps else None
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_METRICS_BYTES:  # a pipe would block
+            return []
+        return _parse(path.read_bytes())
+    except OSError:
+        return []
+
+
+def _parse(text: bytes) -> list[dict[str, Any]]:
+    entries = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(entry := json.loads(line), dict):
+                entries.append(entry)
+    return entries
