@@ -11,7 +11,7 @@ from ...text import GAIN_SCALE, describe_gain, display_name, format_count, forma
 from . import charts, html
 
 _COLUMNS = ("adapter", "held-out rows of", "gain", "standard error", "loss", "loss of the base", "rows", "tokens")
-_CELL_WIDTH, _CELL_HEIGHT = 120, 52  # pixels in the picture file
+_LETTER, _CELL_HEIGHT = 8, 52  # pixels in the picture file
 
 
 class _Cell(NamedTuple):
@@ -91,12 +91,16 @@ def _headline(matrix: GainMatrix) -> Markup:
 
 
 def _picture(title: str, columns: list[str], rows: list[tuple[str, list[_Cell]]]) -> Markup:
-    left = 24 + 8 * max(len("adapter"), *(min(len(name), 40) for name, _ in rows))
+    names = [shorten(name, 35) for name, _ in rows]
+    columns = [shorten(name, 35) for name in columns]
+    errors = [cell.error for _, cells in rows for cell in cells]
+    left, cell = (24 + _LETTER * max(map(len, texts)) for texts in (["adapter", *names], columns + errors))
     inside = charts.template("gains.svg.jinja").render(
         title=title,
         left=left,
-        columns=[shorten(name, 12) for name in columns],
-        rows=[(shorten(name, 35), cells) for name, cells in rows],
+        cell=cell,
+        columns=columns,
+        rows=list(zip(names, (cells for _, cells in rows), strict=True)),
     )
-    width = max(left + _CELL_WIDTH * len(columns) + 8, 16 + 7 * len(title))
+    width = max(left + cell * len(columns) + 8, 16 + 7 * len(title))
     return charts.svg_file(title, Markup(inside), width, 92 + _CELL_HEIGHT * len(rows))

@@ -18,6 +18,8 @@ from . import html
 from .common import PageTab, buttons, connect_stop, on
 from .gain_matrix import show_gains
 
+NO_ADAPTERS = "There are no adapters yet. Train one first: python cli.py train --dataset DATA"
+
 
 class GainsTab(PageTab):
     """Measure the gain matrix on the resident base, between the steps of the scheduler."""
@@ -67,6 +69,8 @@ class GainsTab(PageTab):
                 raise GenerationError(
                     f"{format_names(gone)}: no longer in the library, or damaged. Choose again."
                 )
+            if not any(model.adapter for model in models):
+                raise GenerationError(NO_ADAPTERS)
             if not adapters:
                 raise GenerationError("Choose at least one adapter to evaluate.")
             eval_rows = resolve_settings(TrainConfig, {"eval_rows": rows}).eval_rows if rows else None

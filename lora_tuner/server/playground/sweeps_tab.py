@@ -40,7 +40,7 @@ class SweepsTab(PageTab):
         with gr.Row():
             names = gr.Dropdown([], label="Sweep", info="The newest first.", scale=3)
             refresh = gr.Button("Refresh", size="sm", scale=0)
-        output = gr.HTML(apply_default_css=False, js_on_load=SELECT_TRIAL)
+        output = gr.HTML(html.note("Loading ..."), apply_default_css=False, js_on_load=SELECT_TRIAL)
         unfinished = gr.HTML(apply_default_css=False)
         on([tab.select, refresh.click], self.update, names, [names, output, unfinished])
         on(names.input, self.show, names, output)

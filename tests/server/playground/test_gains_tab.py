@@ -116,6 +116,18 @@ def test_heat_map_equals_evaluate(visit, adapters, served, monkeypatch):
         "cells => cells.map(cell => cell.style.getPropertyValue('--share').trim())"
     )
     assert shares[largest] == "100%"
+    page.set_viewport_size({"width": 280, "height": 700})
+    table.evaluate("table => table.parentElement.scrollLeft = 60")
+    shifts = [
+        table.evaluate(
+            "(table, part) => table.querySelector(part).getBoundingClientRect().left"
+            " - table.parentElement.getBoundingClientRect().left",
+            part,
+        )
+        for part in ("tbody th", "tbody td")
+    ]
+    assert shifts[0] == 0, "the names of adapters scroll"
+    assert shifts[1] < 100
     expect(page.locator(".headline")).to_contain_text("held-out rows")
     for kind in ("CSV", "SVG"):
         with page.expect_download() as download:
@@ -138,14 +150,16 @@ def test_invalid_evaluation_shows_error(visit):
     expect(page.get_by_role("alert")).to_have_text("Choose at least one adapter to evaluate.")
 
 
-def test_missing_adapter_is_named(served):
+def test_missing_adapter_is_named(served, monkeypatch):
     from lora_tuner.server.playground.gains_tab import GainsTab  # Gradio takes seconds to import
 
-    async def updates():
+    async def updates(names):
         tab = GainsTab(served.service, PageRequests(served.service, Metrics(served.service)))
-        return [str(shown) async for shown in tab.evaluate(["noir", "gone"], "")]
+        return [str(shown) async for shown in tab.evaluate(names, "")]
 
-    assert "gone: no longer in the library, or damaged." in run_async(updates())[-1]
+    assert "gone: no longer in the library, or damaged." in run_async(updates(["noir", "gone"]))[-1]
+    monkeypatch.setattr(GainsTab, "adapters", lambda tab: [])
+    assert "There are no adapters yet. Train one first" in run_async(updates([]))[-1]
 
 
 @pytest.mark.slow
