@@ -210,8 +210,7 @@ def template(name: str) -> jinja2.Template:
     """Return a template of this folder, which escapes all text."""
 
     def clean(value: object) -> object:  # XML allows no control characters
-        is_text = isinstance(value, str) and not isinstance(value, Markup)
-        return escape_control(str(value)) if is_text else value
+        return escape_control(value) if type(value) is str else value  # not of Markup, which is escaped
 
     loader = jinja2.FileSystemLoader(_FOLDER)
     return jinja2.Environment(autoescape=True, finalize=clean, loader=loader).get_template(name)

@@ -1,13 +1,14 @@
 """The gain matrix as a heat map: a headline, a table with figures on hover, and downloads."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from markupsafe import Markup
 
 from ...adapters.manifest import EvalResult
 from ...evaluation import GainMatrix
-from ...text import GAIN_SCALE, describe_gain, display_name, format_count, format_gain, shorten
+from ...text import GAIN_SCALE, describe_gain, display_name, format_count, format_gain, format_names, shorten
 from . import charts, html
 
 _COLUMNS = ("adapter", "held-out rows of", "gain", "standard error", "loss", "loss of the base", "rows", "tokens")
@@ -28,11 +29,12 @@ def show_gains(matrix: GainMatrix) -> Markup:
     """Show the matrix as a heat map, one colour for gains and one for losses."""
     title = f"Gain over {display_name(matrix.base)} in nats per token, ± standard error"
     largest = max((abs(cell.gain) for *_, cell in _results(matrix)), default=0.0) or 1.0
+    drawn = _merge_columns(matrix)
+    sets = [eval_set.name for eval_set in drawn.sets]
     rows = []
-    for name, line in zip(matrix.adapters, matrix.cells, strict=True):
-        sets = [eval_set.name for eval_set in matrix.sets]
+    for name, line in zip(drawn.adapters, drawn.cells, strict=True):
         rows.append((name, [_cell(cell, name, on, largest) for on, cell in zip(sets, line, strict=True)]))
-    columns = [(eval_set.name, eval_set.format_rows()) for eval_set in matrix.sets]
+    columns = [(eval_set.name, eval_set.format_rows()) for eval_set in drawn.sets]
     table = charts.template("gains.html.jinja").render(title=title, columns=columns, rows=rows)
     missing = [
         html.note(f"{each.name} cannot be evaluated: {each.missing}.") for each in matrix.sets if each.missing
@@ -41,13 +43,26 @@ def show_gains(matrix: GainMatrix) -> Markup:
         f"Blue: predicts these rows better than the base. Red: worse. A gain of {GAIN_SCALE}. "
         "Rest the pointer on a cell for all of its figures."
     )
-    picture = _picture(title, [name for name, _ in columns], rows)
+    picture = _picture(title, sets, rows)
     figures = [
         (name, on, cell.gain, cell.standard_error, cell.loss, cell.base_loss, cell.rows, cell.tokens)
         for name, on, cell in _results(matrix)
     ]
     links = charts.downloads("gains", picture, [_COLUMNS, *figures])
     return Markup("").join([_headline(matrix), Markup(table), *missing, help_text, links])
+
+
+def _merge_columns(matrix: GainMatrix) -> GainMatrix:
+    """Merge the columns of adapters with the same held-out rows, as the trials of a sweep have."""
+    columns: dict[str, list[int]] = {}
+    for index, eval_set in enumerate(matrix.sets):
+        columns.setdefault(eval_set.hash() if eval_set.texts else eval_set.name, []).append(index)
+    sets = []
+    for first, *others in columns.values():
+        names = [matrix.sets[index].name for index in (first, *others)]
+        sets.append(replace(matrix.sets[first], name=format_names(names, 1)))
+    cells = [[line[first] for first, *_ in columns.values()] for line in matrix.cells]
+    return GainMatrix(matrix.base, matrix.adapters, sets, cells)
 
 
 def _results(matrix: GainMatrix) -> Iterator[tuple[str, str, EvalResult]]:

@@ -29,7 +29,7 @@ def result(gain, error=0.01):
 
 def matrix_of(first, second, names=("noir", "verse")):
     """Return the matrix of two adapters, with these cells."""
-    return GainMatrix("gpt2", list(names), [EvalSet(name, ["a", "b"]) for name in names], [first, second])
+    return GainMatrix("gpt2", list(names), [EvalSet(name, [name, "b"]) for name in names], [first, second])
 
 
 def headline_of(shown):
@@ -59,6 +59,18 @@ def test_cells_have_all_figures():
     assert cells[2][0] == "forgot"
     assert "-0.250 (no error: one row or group)" in cells[2][1]
     assert [header.text for header in root.iter("th")][:2] == ["adapter", "held-out rows of"]
+
+
+def test_same_rows_are_one_column():
+    matrix = matrix_of([result(0.5), result(0.5)], [result(0.1), result(0.1)])
+    rows = [EvalSet("noir", ["a", "b"]), EvalSet("verse", ["a", "b"])]
+    shown = show_gains(GainMatrix(matrix.base, matrix.adapters, rows, matrix.cells))
+    root = ElementTree.fromstring(f"<div>{shown}</div>")
+    assert [header.text for header in root.iter("th")] == [
+        "adapter", "held-out rows of", "noir and 1 more", "noir", "verse",
+    ]  # fmt: skip
+    assert len(list(root.iter("td"))) == 2
+    assert saved(shown, "csv").count("\n") == 5
 
 
 def saved(shown, kind):
