@@ -774,7 +774,9 @@ class ServerConfig(_Settings):
         "Serving",
     )
     runs_dir: Path = _setting(
-        Path("runs"), "Folder of the runs that the page shows and starts, and of uploaded files.", "Serving"
+        Path("runs"),
+        "Folder of the runs that the page shows and starts, of uploaded files, and of thumbs in feedback.jsonl.",
+        "Serving",
     )
 
     @field_validator("allow_origin")

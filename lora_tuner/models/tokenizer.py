@@ -155,6 +155,14 @@ def _compare_sentencepiece(folder: Path, base: TokenizedBase) -> str | None:
     return None if _read_bytes(own) == _read_bytes(other) else "tokenizer.model differs"
 
 
+def has_chat_template(folder: Path) -> bool:
+    """Return whether an adapter brings a chat template; False for one that cannot be read."""
+    try:
+        return _chat_template(folder, _read_object(folder / SETTINGS_FILE)) is not None
+    except AdapterError:
+        return False
+
+
 def _chat_template(folder: Path, settings: Mapping[str, object]) -> ChatTemplate | None:
     """The chat template, by its name where there are several, as transformers reads it."""
     if (folder / TEMPLATE_FILE).is_file():

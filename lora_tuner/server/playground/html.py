@@ -5,19 +5,27 @@ Any text may come from a model or from an unknown adapter, so every value is esc
 """
 
 import base64
+import itertools
+import json
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from io import BytesIO
+from pathlib import Path
 
+import jinja2
 from markupsafe import Markup
 
 from ...adapters import plots
 from ...adapters.adapter import CARD_FILE, METRICS_FILE, Adapter
 from ...adapters.model_card import summary_rows
 from ...errors import AdapterError, LoraTunerError, Progress
+from ...inference.sequence import Sequence as TokenSequence
+from ...inference.sequence import TokenLogprobs
 from ...models import delta
 from ...models.layers import Layer
-from ...text import display_name, format_bytes, format_count, format_gain
+from ...text import display_name, format_bytes, format_count, format_gain, format_share
+from ..responses import OutputReader, token_text
 from ..scheduler import Request
 from ..service import ServedModel
 
@@ -27,6 +35,13 @@ _LIBRARY_HEADER = Markup("").join(
     Markup('<th scope="col">{}</th>').format(name)
     for name in ("name", "gain", "held-out loss", "rank", "size", "data", "rows", "created")
 )
+
+
+@cache
+def template(name: str) -> jinja2.Template:
+    """Return a template of this folder, which escapes all values."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    return jinja2.Environment(autoescape=True, loader=loader).get_template(name)
 
 
 def head(base: str) -> Markup:
@@ -87,6 +102,55 @@ def _output(title: str, prompt: str, output: Request | str, is_chat: bool) -> Ma
         failure(error) if error else "",
         tokens,
     )
+
+
+def token_probabilities(sequence: TokenSequence) -> tuple[Markup, Markup]:
+    """Show the text of a sequence that has log-probabilities, each token with its own on hover.
+
+    Tokens that make one character together are shown as one. Takes milliseconds for each 100 tokens.
+
+    Returns:
+        The text, and a list of the tokens for the keyboard, phones and screen readers.
+    """
+    spell = cache(partial(token_text, sequence.detokenizer.tokenizer))
+    delta = OutputReader(sequence).next_delta()
+    if delta is None or delta.logprobs is None:
+        return Markup(""), Markup("")
+    groups = [list(group) for _, group in itertools.groupby(delta.logprobs, lambda token: token.text_offset)]
+    ends = [*(group[0].text_offset for group in groups[1:]), len(delta.text)]
+    spans, lines = [], []
+    for group, end in zip(groups, ends, strict=True):
+        described = [_describe_token(token, lambda number: spell(number)[0]) for token in group]
+        share = math.exp(min(sum(token.logprob for token in group), 0.0))
+        title = "\n".join("\n".join(parts) for parts in described)
+        text = delta.text[group[0].text_offset : end]
+        spans.append(
+            Markup('<span class="likely" style="--doubt: {}%" title="{}">{}</span>').format(
+                round((1 - share) ** 2 * 40), title, text
+            )
+        )
+        lines += [
+            Markup("<li><b>{}</b> <span>{}</span></li>").format(chosen, ", ".join(others))
+            for chosen, *others in described
+        ]
+    listed = Markup(
+        '<details class="probabilities"><summary>Token probabilities</summary><ol tabindex="0">{}</ol></details>'
+    )
+    return Markup("").join(spans), listed.format(Markup("").join(lines))
+
+
+def _describe_token(token: TokenLogprobs, spell: Callable[[int], str]) -> list[str]:
+    """Return the token and the likeliest others at its place, each with its probability."""
+    others = [(other, logprob) for other, logprob in token.top if other != token.token]
+    return [
+        f"{json.dumps(spell(number), ensure_ascii=False)} {format_probability(logprob)}"
+        for number, logprob in [(token.token, token.logprob), *others]
+    ]
+
+
+def format_probability(logprob: float) -> str:
+    share = math.exp(min(logprob, 0.0))
+    return format_share(share) if share >= 0.001 else "under 0.1%"
 
 
 def library(models: Sequence[ServedModel]) -> Markup:

@@ -13,6 +13,7 @@ from ..metrics import Metrics
 from ..service import ModelService
 from . import html
 from .blend_tab import BlendTab
+from .chat_tab import ChatTab
 from .common import on
 from .gains_tab import GainsTab
 from .library_tab import LibraryTab
@@ -35,6 +36,7 @@ class Page:
         self.service = service
         requests = PageRequests(service, metrics)
         self.write = WriteTab(service, requests)
+        self.chat = ChatTab(service, requests)
         self.blend = BlendTab(service, requests)
         self.library = LibraryTab(service, requests)
         self.gains = GainsTab(service, requests)
@@ -49,6 +51,8 @@ class Page:
             with gr.Tabs() as tabs:
                 with gr.Tab("Write"):
                     dropdowns = [self.write.build()]
+                with gr.Tab("Chat") as tab:
+                    self.chat.build(tab)
                 with gr.Tab("Blend") as tab:
                     dropdowns += self.blend.build(tab)
                 with gr.Tab("Library", id="library") as tab:

@@ -44,10 +44,12 @@ class PageRequests:
             chats.add(self.service.name)
         return chats
 
-    async def submit(self, model: str, prompt: Prompt, sampling: SamplingParams) -> Request:
+    async def submit(
+        self, model: str, prompt: Prompt, sampling: SamplingParams, top_logprobs: int | None = None
+    ) -> Request:
         started = time.monotonic()
         prepared = await self.service.prepare_request(model, [prompt])
-        return self.service.submit(prepared, sampling, started=started)
+        return self.service.submit(prepared, sampling, started=started, top_logprobs=top_logprobs)
 
     async def submit_prepared(self, prepared: PreparedRequest, sampling: SamplingParams) -> Request:
         return self.service.submit(prepared, sampling, started=time.monotonic())

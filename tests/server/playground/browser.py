@@ -101,13 +101,24 @@ def waiting_for_events(page):
 
 
 def open_tab(page, name):
-    with waiting_for_events(page) if name in ("Library", "Sweeps") else contextlib.nullcontext():
+    with waiting_for_events(page) if name in ("Chat", "Library", "Sweeps") else contextlib.nullcontext():
         page.get_by_role("tab", name=name).click()
 
 
 def prompt_of(page):
     """Return the prompt field of the open tab."""
     return page.get_by_label("Prompt").locator("visible=true")
+
+
+def message_of(page):
+    """Return the message field of the tab Chat."""
+    return page.locator("#message textarea")
+
+
+def wait_for_answer(page):
+    """Wait until the answer of the tab Chat is complete, and its buttons work."""
+    expect(page.locator(".chat:visible").last).to_have_attribute("aria-busy", "false")
+    wait_for_stream_end(page)
 
 
 def watch_text(page):

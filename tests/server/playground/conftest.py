@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 
 import pytest
 from playwright.sync_api import Error, sync_playwright
 
 from lora_tuner import Generator, ModelOptions
 
-from ...api_server import add_hostile_adapters, serving
+from ...api_server import TEMPLATE, add_hostile_adapters, serving
 from ...test_evaluation import train_in
 from .browser import BROWSER_OPTIONS, CHROMIUM, open_page
 
@@ -45,8 +46,17 @@ def sweep(adapters):
 
 
 @pytest.fixture(scope="session")
-def served(gpt2, adapters):
-    with serving(gpt2, adapters, page=True, max_tokens=500, runs_dir=adapters.parent / "runs") as served:
+def chat_base(gpt2, tmp_path_factory):
+    """The base of the adapters, with a chat template."""
+    folder = tmp_path_factory.mktemp("chat") / gpt2.name
+    shutil.copytree(gpt2, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def served(chat_base, adapters):
+    with serving(chat_base, adapters, page=True, max_tokens=500, runs_dir=adapters.parent / "runs") as served:
         yield served
 
 

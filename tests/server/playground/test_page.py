@@ -13,12 +13,14 @@ from ...api_server import HOSTILE, KEY, serving
 from .browser import (
     CONTRAST_SCRIPT,
     PROMPT,
+    message_of,
     new_page,
     open_settings,
     open_tab,
     prompt_of,
     set_greedy,
     tab_to,
+    wait_for_answer,
     wait_for_outputs,
     wait_for_stream_end,
     waiting_for_events,
@@ -76,7 +78,7 @@ def test_page_works_by_keyboard(visit):
 
 @pytest.mark.slow
 def test_every_control_has_a_name(page):
-    for name in ("Write", "Blend", "Library", "Gains", "Sweeps"):
+    for name in ("Write", "Chat", "Blend", "Library", "Gains", "Sweeps"):
         open_tab(page, name)
         nameless = page.locator("button:visible, input:visible, textarea:visible, select:visible").evaluate_all(
             """controls => controls.filter(control => !(control.getAttribute('aria-label') || control.title
@@ -93,6 +95,13 @@ def fill_tabs(page):
     page.get_by_role("button", name="Generate").click()
     wait_for_outputs(page)
     yield "generate"
+    open_tab(page, "Chat")
+    page.get_by_label("Token probabilities").check()
+    message_of(page).fill(f"{PROMPT} {'x' * 60}")
+    page.get_by_role("button", name="Send").click()
+    page.get_by_text("Token probabilities", exact=True).last.click()
+    wait_for_answer(page)
+    yield "chat"
     open_tab(page, "Blend")
     wait_for_outputs(page)
     yield "blend"
