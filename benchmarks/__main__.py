@@ -36,6 +36,7 @@ from . import (
 
 PARTS = {
     "training": training.run,
+    "overhead": training.overhead,
     "quality": quality.run,
     "generation": generation.run,
     "adapters": adapters.run,
@@ -51,6 +52,7 @@ PARTS = {
     "rates": rates.run,
 }
 STUDIES = (
+    "overhead",
     "defaults",
     "methods",
     "sizes",

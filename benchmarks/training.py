@@ -3,6 +3,7 @@
 The floor is the time of the bare matrix products of the same step.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -27,12 +29,16 @@ from lora_tuner.models.base_files import quiet_transformers
 from lora_tuner.models.layers import layer_sizes
 from lora_tuner.models.resolve import find_base
 from lora_tuner.models.tokenizer import load_tokenizer
+from lora_tuner.training.arguments import LiveLog
+from lora_tuner.training.samples import RunSamples
 from lora_tuner.training.setup import prepare_training
+from lora_tuner.training.trainer import LoraTrainer
 
 from . import recipes
 from .measure import Figure, figure
 
 LENGTH, BATCH, STEPS, ROWS = 512, 8, 2, 600
+PROMPTS = ["Acting", "The plot", "This film"]
 SHAPES = ("distilgpt2", EMBEDDED_BASE)
 WAYS = {
     "ours": "rank 8 on all linear layers, float32, 8 x 512 a step in micro-batches of 1",
@@ -75,6 +81,40 @@ def run(rounds: int) -> list[Figure]:
         share = memory["ours"] / memory["plain"]
         figures.append(figure(f"{shape}: memory, ours of plain", share, "", "must be at most 0.25"))
     return figures
+
+
+def overhead(rounds: int) -> list[Figure]:
+    """Share of one run of six minutes that is spent to watch it. Takes ten minutes; `rounds` is ignored."""
+    parts = {
+        "samples": (RunSamples, ("on_train_begin", "on_log", "finish")),
+        "held-out curve": (LoraTrainer, ("evaluate",)),
+        "live files": (LiveLog, ("on_train_begin", "on_log")),
+    }
+    spent = dict.fromkeys(parts, 0.0)
+
+    def timed(part: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return method(*arguments, **options)
+            finally:
+                spent[part] += time.perf_counter() - start
+
+        return call
+
+    with contextlib.ExitStack() as patches, tempfile.TemporaryDirectory() as folder:
+        for part, (owner, names) in parts.items():
+            for name in names:
+                patches.enter_context(mock.patch.object(owner, name, timed(part, getattr(owner, name))))
+        places: dict[str, Any] = {"adapters_dir": Path(folder, "adapters"), "runs_dir": Path(folder, "runs")}
+        adapter = train(TrainConfig(base=EMBEDDED_BASE, minutes=6, sample_prompt=PROMPTS, **places))
+    assert adapter.manifest is not None
+    assert adapter.manifest.run is not None
+    run = adapter.manifest.run
+    whole = run.seconds + sum(spent.values())
+    figures = [figure(part, 100 * spent[part] / whole, "%", f"{spent[part]:.1f} s") for part in parts]
+    note = f"of {run.steps:,} steps in {whole:.0f} s; must be at most 6: 3 for the curve, 3 for the rest"
+    return [*figures, figure("all", 100 * sum(spent.values()) / whole, "%", note)]
 
 
 def _in_a_process(way: str, shape: str) -> dict[str, Any]:

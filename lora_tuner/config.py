@@ -383,7 +383,8 @@ class TrainConfig(_Settings):
         None,
         "Measure the loss of all held-out rows every N steps.",
         "Training",
-        "before and after training; between, an eighth of the run apart, on a fixed subset that takes up to 3% of the run",
+        "before and after training; between, an eighth of the run apart, on a fixed subset that takes up to 3% "
+        "of the run, or a few seconds",
         ge=1,
         le=MAX_COUNT,
     )

@@ -149,7 +149,8 @@ class RunInfo(_ManifestModel):
     `coverage` is the share of the block weights that are in adapted layers, unknown in older
     manifests; `not_adapted` names others that the target modules leave out. `sweep` is the id of
     the sweep whose trial it is. `inexact` are facts, such as threads, that a resume has accepted as
-    changed: the result is not bitwise that of an uninterrupted run. `probe` tells how the learning
+    changed: the result is not bitwise that of an uninterrupted run. `curve_rows` are the rows of the
+    held-out curve, if it is on a subset; 0 in older manifests. `probe` tells how the learning
     rate was chosen, if by short runs, and `advice` names the one to try if this one did not fit."""
 
     method: str = "lora"  # a key of config.METHODS
@@ -172,6 +173,7 @@ class RunInfo(_ManifestModel):
     added_tokens: dict[str, int] = {}  # to the tokenizer of the base, with their ids
     sweep: str | None = None
     inexact: list[str] = []
+    curve_rows: int = 0
     probe: RateProbe | None = None
     advice: str | None = None
 

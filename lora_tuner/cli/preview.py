@@ -1,4 +1,4 @@
-"""Print what `train --preview` shows: rows as texts and turns, tokens, lengths, and dropped copies."""
+"""Print what `train --preview` shows: rows as texts and turns, tokens, lengths, dropped copies, prompts."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -32,6 +32,7 @@ def preview_to_dict(preview: "Preview", config: TrainConfig) -> dict[str, object
         "duplicates": preview.duplicates,
         "near_duplicates": preview.near_duplicates,
         "dropped": [asdict(copy) for copy in preview.dropped],
+        "sample_prompts": preview.sample_prompts,
     }
 
 
@@ -74,6 +75,10 @@ def show_preview(preview: "Preview", config: TrainConfig) -> None:
     )
     if preview.dropped:
         _show_dropped(preview)
+    if preview.sample_prompts:
+        print("\nprompts of the samples while it trains (--sample-prompt):")
+        for prompt in preview.sample_prompts:
+            print_wrapped(_excerpt(prompt), "  ")
 
 
 def _show_row(number: int, row: "PreviewedRow", config: TrainConfig, has_colours: bool) -> None:

@@ -44,14 +44,15 @@ def list_runs(runs_dir: RunsDirOption = DEFAULT_RUNS_DIR, as_json: JsonOption = 
     """
     from ..training.jobs import list_jobs
 
-    jobs = [job for job in list_jobs(runs_dir) if job.state.is_alive or job.folder.exists()]
+    unfinished = [job for job in list_jobs(runs_dir) if job.state != "finished"]
+    jobs = [job for job in unfinished if job.state.is_alive or job.folder.exists()]
     if as_json:
         show_json([job.to_dict() for job in jobs])
         return
     rows = []
     for job in jobs:
         if job.problem:
-            print_stderr(f"{job.name} {'failed' if job.state == 'failed' else 'is broken'}: {job.problem}")
+            print_stderr(f"{job.name} {'is broken' if job.total is None else job.state}: {job.problem}")
         step = "?" if job.total is None else f"{job.step:,} of {job.total:,}"
         rows.append(
             (

@@ -72,7 +72,7 @@ def train(
         typer.Option(
             metavar="[<number>]",
             min=1,
-            help="Show N rows, 3 if N is left out, as the model sees them, all lengths, and dropped copies; do not train.",
+            help="Show N rows, 3 if N is left out, as the model sees them, lengths, dropped copies and prompts; do not train.",
             show_default=False,
         ),
     ] = None,

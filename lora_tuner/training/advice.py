@@ -61,6 +61,7 @@ def rate_advice(
     lower, much_lower = lower_rate(rate, 3, method), lower_rate(rate, 10, method)
     gain = format_gain(result.gain, result.standard_error)
     points = _held_out_points(entries, result)
+    rows = next((e["eval_subset_rows"] for e in entries if "eval_subset_rows" in e), result.rows)
     entries = [entry for entry in entries if "loss" in entry]
     if rise := _find_rise(entries):
         return (
@@ -69,7 +70,7 @@ def rate_advice(
         )
     error = result.standard_error or 0.0
     worse = f"The adapter is worse than its base: held-out loss {result.base_loss:.3f} -> {result.loss:.3f}."
-    if best := _passed_minimum(points):
+    if best := _passed_minimum(points, 2 * error * math.sqrt(result.rows / rows)):
         return (
             f"{worse if result.gain < -2 * error else 'The run was too long.'} The held-out curve was lowest at step "
             f"{best}, and then the rows were learned by heart: take --max-steps {best}, or --eval-every {best} "
@@ -120,13 +121,14 @@ def _held_out_points(entries: Sequence[Mapping[str, float]], result: EvalResult)
     return [(0, result.base_loss), *points, (points[-1][0], result.loss)] if points else []
 
 
-def _passed_minimum(points: Sequence[tuple[int, float]]) -> int | None:
-    """Return the step of the lowest held-out loss, if more than half of what it gained was lost again."""
+def _passed_minimum(points: Sequence[tuple[int, float]], noise: float) -> int | None:
+    """Return the step of the lowest held-out loss, if more than half of what it gained was lost again,
+    and more than the noise of the points."""
     if not points:
         return None
     best, lowest = min(points, key=lambda point: point[1])
     (first, start), (_, end) = points[0], points[-1]
-    return best if best > first and end - lowest > (start - lowest) / 2 else None
+    return best if best > first and end - lowest > max((start - lowest) / 2, noise) else None
 
 
 def lower_rate(rate: float, factor: float, method: MethodName) -> float:

@@ -116,8 +116,8 @@ def log_samples(trackers: Sequence[TrainerCallback], samples: Sequence[Sample]) 
 class LiveLog(TrainerCallback):
     """Losses and samples so far, in the folder of a run, as the adapter will have them.
 
-    Each line is appended as it comes. Where a disk is full that is told once, and all is written again
-    with the next step: the log itself is in the checkpoints.
+    Each line is appended as it comes. A full disk is told once, and with the next step all is
+    written again: the log itself is in the checkpoints.
 
     Args:
         start: what stands before the log, such as the loss of the base.
@@ -158,9 +158,8 @@ class LiveLog(TrainerCallback):
             self.written = 0
             if not self.has_failed:
                 self.has_failed = True
-                self.notify(
-                    Notice(f"The run goes on, but its curve cannot be followed. {os_error_message(error)}")
-                )
+                why = f"its curve cannot be followed. {os_error_message(error)}"
+                self.notify(Notice(f"The run goes on, but {why}"))
 
 
 def learning_rate_factor(step: int, schedule: str, warmup: float, steps: int) -> float:

@@ -1,4 +1,4 @@
-"""Runs as jobs: processes of their own, which wait for each other and outlive the one that starts them. No torch.
+"""Runs as jobs: processes in a queue, which outlive the one that starts them. No torch.
 
 What was started here keeps its settings, messages and result in `runs/.jobs/NAME/` until it is
 forgotten. Runs that were started in a terminal are listed, stopped and paused as well.
@@ -23,12 +23,11 @@ import psutil
 import yaml
 
 from .. import atomic_io
-from ..adapters.adapter import RUN_FILE
 from ..adapters.library import adapter_name
 from ..config import TrainConfig
 from ..errors import ConfigError, TrainingError
 from ..settings_files import resolve_settings
-from . import paths
+from . import paths, tickets
 from .live import LiveRun as LiveRun
 from .live import last_step
 from .live import read_live as read_live
@@ -36,7 +35,8 @@ from .paths import JOB_VARIABLE, JOBS_DIR, job_folder
 from .tickets import Ticket, ahead_of, live_tickets, process_start
 from .unfinished import UnfinishedRun, find_removable, remove_unfinished, unfinished_runs
 
-SETTINGS_FILE, LOG_FILE, RESULT_FILE, PROCESS_FILE = "settings.yaml", "log.txt", "result.json", "process.json"
+SETTINGS_FILE, PROCESS_FILE = "settings.yaml", "process.json"
+LOG_FILE, RESULT_FILE = "log.txt", "result.json"
 KEPT_JOBS = 5  # that have finished, or failed with nothing to resume
 MAX_LOG_BYTES, KEPT_LOG_BYTES = 1_000_000, 100_000
 _START_SECONDS = 30.0  # until a process has its ticket, at most
@@ -95,19 +95,25 @@ class Job:
         return "sweep" if self.folder.suffix == ".sweep" else "run"
 
     def to_dict(self) -> dict[str, object]:
-        texts = {"kind": self.kind, "folder": str(self.folder), "log": str(self.log) if self.log else None}
+        texts = {
+            "kind": self.kind,
+            "folder": str(self.folder),
+            "log": str(self.log) if self.log else None,
+        }
         return asdict(self) | texts
 
 
 def list_jobs(runs_dir: Path) -> list[Job]:
-    """Return the jobs of a folder of runs: those with a process in the order of their turns, then the newest first."""
-    tickets = live_tickets(runs_dir)
+    """Return the jobs of a folder of runs: those with a process in order, then the newest."""
+    live = live_tickets(runs_dir)
     runs = {run.folder.name: run for run in unfinished_runs(runs_dir)}
     started = {log.parent.name: log.parent for log in runs_dir.glob(f"{JOBS_DIR}/*/{LOG_FILE}")}
-    names = list(dict.fromkeys([*(ticket.name for ticket in tickets), *runs, *started]))
-    jobs = [_describe(runs_dir / name, tickets, runs.get(name), started.get(name)) for name in names]
-    ended = sorted((job for job in jobs if not job.state.is_alive), key=lambda job: job.created, reverse=True)
-    return [*(job for job in jobs if job.state.is_alive), *ended]
+    names = list(dict.fromkeys([*(ticket.name for ticket in live), *runs, *started]))
+    jobs = [_describe(runs_dir / name, live, runs.get(name), started.get(name)) for name in names]
+    jobs.sort(key=lambda job: job.created, reverse=True)
+    alive = [job for job in jobs if job.state.is_alive]
+    alive.sort(key=lambda job: names.index(job.folder.name))
+    return [*alive, *(job for job in jobs if not job.state.is_alive)]
 
 
 def find_job(name: str, runs_dir: Path) -> Job:
@@ -132,18 +138,20 @@ def start_job(config: TrainConfig) -> Job:
     paths.check_output_paths(config)
     values = config.model_dump(mode="json", exclude_none=True, exclude_unset=True) | {"name": name}
     settings = job_folder(config.runs_dir, name) / SETTINGS_FILE
-    return _start(config.runs_dir, name, ["--config", str(settings)], yaml.safe_dump(values, allow_unicode=True))
+    text = yaml.safe_dump(values, allow_unicode=True)
+    return _start(config.runs_dir / name, ["--config", str(settings)], text)
 
 
 def resume_job(name: str, runs_dir: Path) -> Job:
-    """Resume a stopped run in a process of its own, as `start_job` starts one.
+    """Resume a stopped run, or sweep, in a process of its own, as `start_job` starts one.
 
     Raises:
         TrainingError: there is no such run, or it has a process.
     """
-    if not (find_job(name, runs_dir).folder / RUN_FILE).is_file():
-        raise TrainingError(f"{name} has no unfinished run in {runs_dir}, so it cannot be resumed: train again.")
-    return _start(runs_dir, name, ["--resume", name, "--runs-dir", str(runs_dir)])
+    job = find_job(name, runs_dir)
+    if not job.folder.exists() or job.state == JobState.FINISHED:
+        raise TrainingError(f"{name} has no unfinished run in {runs_dir} to resume: train again.")
+    return _start(job.folder, ["--resume", name, "--runs-dir", str(runs_dir)])
 
 
 def stop_job(job: Job) -> None:
@@ -163,12 +171,12 @@ def pause_job(job: Job) -> None:
 
 
 def continue_job(job: Job) -> None:
-    """Continue a process that `pause_job` has suspended. Raises TrainingError if there is none here."""
+    """Continue a process that `pause_job` has suspended. Raises TrainingError if there is none."""
     _process(job).resume()
 
 
 def dismiss_job(job: Job) -> None:
-    """Forget what was said of a job that has finished or failed, take one that waits from the queue, or
+    """Forget what a job said that has finished or failed; take one that waits from the queue;
     delete a stopped run with its checkpoints.
 
     Of a run that failed or waits to be resumed the checkpoints are kept: then it is a stopped one.
@@ -192,14 +200,13 @@ def dismiss_job(job: Job) -> None:
 # Processes
 
 
-def _start(runs_dir: Path, name: str, arguments: list[str], settings: str | None = None) -> Job:
-    """Start `train` in a process without a terminal, and wait until it has its place in the queue."""
+def _start(run_folder: Path, arguments: list[str], settings: str | None = None) -> Job:
+    """Start `train` in a process without a terminal, and wait until it is in the queue."""
+    runs_dir, name = run_folder.parent, run_folder.name
     folder = job_folder(runs_dir, name)
     with _starting:
-        if any(job.name == name and job.state.is_alive for job in list_jobs(runs_dir)):
-            raise TrainingError(
-                f"'{name}' is training or waiting in {runs_dir} already: choose another name, or wait for it."
-            )
+        if any(job.folder.name == name and job.state.is_alive for job in list_jobs(runs_dir)):
+            raise tickets.already_there(name, runs_dir)
         _forget_old(runs_dir)
         with atomic_io.atomic_folder(folder) as work:
             if settings is not None:
@@ -226,23 +233,24 @@ def _start(runs_dir: Path, name: str, arguments: list[str], settings: str | None
             if any(ticket.name == name for ticket in live_tickets(runs_dir)):
                 break
             time.sleep(0.05)
-    return find_job(name, runs_dir)
+    return next(job for job in list_jobs(runs_dir) if job.folder.name == name)
 
 
 def _command(*arguments: str) -> list[str]:
-    """Return the command line of a process that has the same modules as this one, wherever they come from."""
-    code = f"import sys; sys.path[:] = {sys.path!r}; from lora_tuner.cli.app import app; app(prog_name='cli.py')"
-    return [sys.executable, "-P", "-c", code, *arguments]
+    """Return the command line of a process with the modules of this one, wherever they are."""
+    code = f"import sys; sys.path[:] = {sys.path!r}; from lora_tuner.cli.app import app"
+    return [sys.executable, "-P", "-c", f"{code}; app(prog_name='cli.py')", *arguments]
 
 
 def _process(job: Job) -> psutil.Process:
     """Return the process of a job, which is surely not another one with its number."""
     runs_dir, name = job.folder.parent, job.folder.name
-    owners = [(ticket.pid, ticket.started) for ticket in live_tickets(runs_dir) if ticket.name == name]
+    held = [ticket for ticket in live_tickets(runs_dir) if ticket.name == name]
+    owners = [(ticket.pid, ticket.started) for ticket in held]
     for pid, started in [*owners, _read_process(job_folder(runs_dir, name))]:
         if pid == job.pid and _is_alive(pid, started):
             return psutil.Process(pid)
-    raise TrainingError(f"{job.name} has no process on this machine: it has ended, or is of another machine.")
+    raise TrainingError(f"{job.name} has no process here: it has ended, or is of another machine.")
 
 
 def _is_alive(pid: int, started: int) -> bool:
@@ -271,52 +279,48 @@ def _ask_to_end(process: psutil.Process) -> None:
 
 
 def _forget_old(runs_dir: Path) -> None:
-    """Delete what is kept of jobs that have ended, beyond the newest."""
-    ended = [
-        job
-        for job in list_jobs(runs_dir)
-        if job.state == JobState.FINISHED or (job.state == JobState.FAILED and not job.folder.exists())
-    ]
-    for job in ended[KEPT_JOBS - 1 :]:
+    """Delete what is kept of jobs that have ended with nothing to resume, beyond the newest."""
+    ended = [job for job in list_jobs(runs_dir) if not job.state.is_alive]
+    done = [job for job in ended if job.state == JobState.FINISHED or not job.folder.exists()]
+    for job in done[KEPT_JOBS - 1 :]:
         dismiss_job(job)
 
 
 # Their states
 
 
-def _describe(run_folder: Path, tickets: Sequence[Ticket], run: UnfinishedRun | None, folder: Path | None) -> Job:
+def _describe(
+    run_folder: Path,
+    live: Sequence[Ticket],
+    run: UnfinishedRun | None,
+    folder: Path | None,
+) -> Job:
     """Return a job.
 
     Args:
         run: its unfinished run, or sweep.
         folder: what is kept of it, if it was started here.
     """
-    own = [ticket for ticket in tickets if ticket.name == run_folder.name]
-    pid, started = _read_process(folder)
-    state, problem = _ended_state(run, folder)
-    if own:
-        pid = own[0].pid
-        state, problem = _living_state(own[0], tickets, run), None
-    elif folder and _is_alive(pid, started):
-        state, problem = JobState.STARTING, None
-    elif run and run.running:  # by a version without tickets
-        state, pid = JobState.RUNNING, 0
-    step = run.done if run else 0
-    if state in (JobState.RUNNING, JobState.PAUSED) and run and run.kind == "run":
-        step = last_step(run_folder) or step
-    total, data = (run.total, run.data) if run else (None, [])
-    result = _result(folder)
-    if state == JobState.FINISHED and result:
+    own = next((ticket for ticket in live if ticket.name == run_folder.name), None)
+    result, problem = _result(folder), None
+    if result:
+        state = JobState.FINISHED
+    elif own:
+        state = _living_state(own, live, run)
+    else:
+        state, problem = _ended_state(run, folder)
+    step, total, data = (run.done, run.total, run.data) if run else (0, None, [])
+    if result:
         step = total = result["run"]["steps"]
+    elif state in (JobState.RUNNING, JobState.PAUSED) and run and run.kind == "run":
+        step = last_step(run_folder) or step
     if not data and folder:
         with contextlib.suppress(ConfigError):
-            data = resolve_settings(TrainConfig, {}, folder / SETTINGS_FILE).dataset_names
-    if run:
-        created = run.created
-    elif folder:
-        created = _iso((folder / LOG_FILE).stat().st_ctime)
-    else:
-        created = _iso(own[0].started / 1000)
+            settings = resolve_settings(TrainConfig, {}, folder / SETTINGS_FILE)
+            data = settings.dataset_names
+    begun = own.started / 1000 if own else 0.0
+    if folder:
+        begun = (folder / LOG_FILE).stat().st_ctime
     return Job(
         name=run.name if run else run_folder.name.removesuffix(".sweep"),
         state=state,
@@ -325,33 +329,37 @@ def _describe(run_folder: Path, tickets: Sequence[Ticket], run: UnfinishedRun | 
         step=step,
         total=total,
         data=data,
-        created=created,
-        pid=(pid or None) if state.is_alive else None,
-        ahead=len(ahead_of(own[0], tickets)) if state == JobState.WAITING else 0,
+        created=run.created if run else _iso(begun),
+        pid=(own.pid if own else _read_process(folder)[0] or None) if state.is_alive else None,
+        ahead=len(ahead_of(own, live)) if own and state == JobState.WAITING else 0,
         problem=problem or (run.problem if run else None),
     )
 
 
-def _living_state(ticket: Ticket, tickets: Sequence[Ticket], run: UnfinishedRun | None) -> JobState:
+def _living_state(ticket: Ticket, live: Sequence[Ticket], run: UnfinishedRun | None) -> JobState:
     with contextlib.suppress(psutil.Error):
         if psutil.Process(ticket.pid).status() == psutil.STATUS_STOPPED:
             return JobState.PAUSED
-    if ticket.number and ahead_of(ticket, tickets):
+    if ticket.number and ahead_of(ticket, live):
         return JobState.WAITING
     has_begun = run is not None and (run.kind == "sweep" or last_step(run.folder) is not None)
     return JobState.RUNNING if has_begun and not ticket.number else JobState.STARTING
 
 
 def _ended_state(run: UnfinishedRun | None, folder: Path | None) -> tuple[JobState, str | None]:
-    """Return the state of a job without a process, and its error."""
+    """Return the state of a job without a ticket, and its error."""
     if folder is None:
-        return JobState.STOPPED, None
-    if _result(folder):
-        return JobState.FINISHED, None
-    lines = _log_end(folder / LOG_FILE).splitlines() or ["The process has ended without a message."]
-    if lines[-1].startswith("Error: "):
-        return JobState.FAILED, lines[-1].removeprefix("Error: ")
-    return (JobState.STOPPED, None) if run else (JobState.FAILED, lines[-1])
+        is_running = run is not None and run.running  # by a version without tickets
+        return JobState.RUNNING if is_running else JobState.STOPPED, None
+    last = "".join(_log_end(folder / LOG_FILE).splitlines()[-1:])
+    if last.startswith("Error: "):
+        return JobState.FAILED, last.removeprefix("Error: ")
+    if last.startswith(("Stopped", "Interrupted")):
+        return (JobState.STOPPED, None) if run else (JobState.FAILED, last)
+    if _is_alive(*_read_process(folder)):
+        return JobState.STARTING, None
+    why = "The process has ended without a message."
+    return (JobState.STOPPED if run else JobState.FAILED), why
 
 
 def _result(folder: Path | None) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Losses and samples of a run so far, as it writes them into its folder (arguments.LiveLog). No torch."""
+"""Losses and samples of a run so far, which arguments.LiveLog writes into its folder. No torch."""
 
 import contextlib
 import json
@@ -39,8 +39,8 @@ class LiveRun:
 
 
 def read_live(folder: Path) -> LiveRun:
-    """Read the files of a run, also while it writes them: a line that is torn or damaged is left out."""
-    metrics = [entry for entry in _read_lines(folder / METRICS_FILE) if isinstance(entry.get("step"), int)]
+    """Read the files of a run, be it while it writes them: a torn or damaged line is left out."""
+    metrics = _with_steps(_read_lines(folder / METRICS_FILE))
     samples = []
     for entry in _read_lines(folder / SAMPLES_FILE):
         with contextlib.suppress(ValidationError):
@@ -50,16 +50,17 @@ def read_live(folder: Path) -> LiveRun:
         steps = read_settings(folder / RUN_FILE).get("max_steps")
         total = steps if isinstance(steps, int) else None
     trained = [entry for entry in metrics if {"loss", "tokens", "seconds"} <= entry.keys()]
-    paces = [entry["tokens"] / entry["seconds"] for entry in trained[-_RECENT_STEPS:] if entry["seconds"]]
+    recent = trained[-_RECENT_STEPS:]  # of which a median leaves out a step with a pause
+    paces = [entry["tokens"] / entry["seconds"] for entry in recent if entry["seconds"]]
     left = None
-    if trained and total is not None:  # a median leaves out the step in which the run was paused
-        step_seconds = median(entry["seconds"] for entry in trained[-_RECENT_STEPS:])
-        left = step_seconds * max(0, total - trained[-1]["step"])
+    if recent and total is not None:
+        step_seconds = median(entry["seconds"] for entry in recent)
+        left = step_seconds * max(0, total - recent[-1]["step"])
     return LiveRun(
         metrics=metrics,
         samples=samples,
         total=total,
-        memory_bytes=max((entry.get("peak_memory_bytes", 0) for entry in trained), default=0) or None,
+        memory_bytes=recent[-1].get("peak_memory_bytes") if recent else None,
         tokens_per_second=median(paces) if paces else None,
         seconds_left=left,
     )
@@ -74,8 +75,12 @@ def last_step(folder: Path) -> int | None:
             entries = _parse(file.read())
     except OSError:
         return None
-    steps = [entry["step"] for entry in entries if isinstance(entry.get("step"), int)]
+    steps = [entry["step"] for entry in _with_steps(entries)]
     return steps[-1] if steps else None
+
+
+def _with_steps(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [entry for entry in entries if isinstance(entry.get("step"), int)]
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

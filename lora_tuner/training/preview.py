@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ..config import TrainConfig
+from ..config import HELD_OUT_MAX_TOKENS, TrainConfig, is_conversation
 from ..data import chat, packing, splitting, tokenization
 from ..data.dataset import describe_data
 from ..data.dropped import DroppedCopy, find_dropped
+from ..data.prompts import held_out_prompts
 from ..errors import EventHandler, Notice, ignore_events
 from ..models import loading
 from ..models.added_tokens import extend_tokenizer
@@ -56,6 +57,7 @@ class Preview:
         use: Of the rows that were measured, at most `_MEASURED_ROWS`: their lengths, and what is cut.
         longest: The longest of all by characters of which that is known, and its place.
         dropped: Examples of rows that are left out as copies.
+        sample_prompts: Those that base and adapter continue in the run.
     """
 
     base: str
@@ -66,6 +68,7 @@ class Preview:
     duplicates: int
     near_duplicates: int
     dropped: list[DroppedCopy]
+    sample_prompts: list[str]
 
 
 def preview(requested: TrainConfig, count: int, notify: EventHandler = ignore_events) -> list[PreviewedRow]:
@@ -111,7 +114,18 @@ def make_preview(requested: TrainConfig, count: int, notify: EventHandler = igno
         dropped=[
             replace(copy, text=_readable(copy.text), kept_text=_readable(copy.kept_text)) for copy in dropped
         ],
+        sample_prompts=requested.sample_prompt
+        or _held_out_prompts(tokenizer, dataset.held_out[: requested.eval_rows], dataset.format),
     )
+
+
+def _held_out_prompts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], data_format: str) -> list[str]:
+    """Return the prompts that a run takes from the held-out rows which it measures."""
+    most = HELD_OUT_MAX_TOKENS
+    rows = tokenization.encode_texts(tokenizer, texts, max_tokens=most, invalid={})
+    pairs = zip(texts, tokenization.truncate(rows, most), strict=True)
+    measured = [text for text, row in pairs if tokenization.count_predictions(row)]
+    return held_out_prompts(measured, conversations=is_conversation(data_format))
 
 
 def _choose_measured(texts: Sequence[str]) -> tuple[list[str], str]:

@@ -28,8 +28,9 @@ from .inputs import TrainingInputs
 
 MEMORY_SLACK = 1.15  # process memory per byte that a step keeps; 1.2 to 1.6 were measured
 MEASURED_STEPS = 4  # the first one warms up and is not counted
-CURVE_PARTS = 8  # of a run, between which the held-out curve has a point
-CURVE_SHARE = 0.03  # of the time of the run, at most
+CURVE_PARTS, FEWEST_PARTS = 8, 5  # of a run, between which the held-out curve has a point
+CURVE_SHARE = 0.03  # of the time of the run, at most; of a short run more:
+SHORT_CURVE_SHARE, SHORT_CURVE_TOKENS = 0.2, 5_120  # the smaller of both; seconds on two CPU cores
 CURVE_ROWS = 2, 64  # at least and at most
 HELD_OUT_COST = 0.5  # time of a held-out token, in trained tokens; 0.42 to 0.45 were measured
 
@@ -82,22 +83,37 @@ class HeldOutCurve:
     rows: list[int]
 
 
-def plan_curve(inputs: TrainingInputs, max_steps: int) -> HeldOutCurve | None:
+def plan_curve(inputs: TrainingInputs, max_steps: int, *, is_short_allowed: bool = True) -> HeldOutCurve | None:
     """Choose the rows of the held-out curve of a run that names no `eval_every`.
 
-    They are the first rows, in hash order, that fit into a share of the run, by counts of tokens
-    alone: the same ones when it is repeated or resumed.
+    They are the first rows, in hash order, that fit into a share of the run, or into a few thousand
+    tokens of a short one, by counts of tokens alone: the same ones when it is repeated or resumed.
+
+    Args:
+        is_short_allowed: short runs have one too; before they had none.
 
     Returns:
-        The curve, or None where even two rows would take more than that share.
+        The curve, or None where even two rows would take more.
     """
-    every = math.ceil(max_steps / CURVE_PARTS)
-    points = math.ceil(max_steps / every)  # Trainer measures after the last step too
     trained = max_steps * tokens_per_step(inputs)
+    tokens = CURVE_SHARE * trained / HELD_OUT_COST
+    short = min(SHORT_CURVE_SHARE * trained / HELD_OUT_COST, SHORT_CURVE_TOKENS)
+    if not is_short_allowed or short <= tokens or max_steps <= CURVE_PARTS:
+        return _fit_curve(inputs, max_steps, CURVE_PARTS, tokens)
+    curves = (_fit_curve(inputs, max_steps, parts, short, 0.5) for parts in (CURVE_PARTS, FEWEST_PARTS))
+    return next(filter(None, curves), None)
+
+
+def _fit_curve(
+    inputs: TrainingInputs, max_steps: int, parts: int, tokens: float, longest: float = 1.0
+) -> HeldOutCurve | None:
+    """Return a curve of at most so many held-out tokens; `longest`: share of the first row in a point."""
+    every = math.ceil(max_steps / parts)
+    points = math.ceil(max_steps / every)  # Trainer measures after the last step too
     least, most = CURVE_ROWS
-    left, rows = CURVE_SHARE * trained / HELD_OUT_COST / points, list[int]()
+    left, rows = tokens / points, list[int]()
     for index, row in enumerate(inputs.held_out):
-        if len(row) <= left and len(rows) < most:
+        if len(row) <= left * (1.0 if rows else longest) and len(rows) < most:
             rows.append(index)
             left -= len(row)
     return HeldOutCurve(every, rows) if points > 1 and len(rows) >= least else None

@@ -119,6 +119,9 @@ def resume(
         arguments.check_trackers(saved)
         setup = prepare(_for_world_size(saved, manifests[folder], notify), notify)
         begun = manifests[folder].run
+        if begun and not begun.curve_rows and setup.curve:  # as an older version began it
+            older = profiling.plan_curve(setup, setup.max_steps, is_short_allowed=False)
+            setup = replace(setup, curve=older)
         setup = replace(
             setup,
             sweep=begun.sweep if begun else None,

@@ -180,6 +180,7 @@ class TrainingSetup(TrainingInputs):
                 added_tokens=self.added.all if self.added else {},
                 sweep=self.sweep,
                 inexact=[*self.inexact],
+                curve_rows=len(self.curve.rows) if self.curve else 0,
                 probe=self.probe,
             ),
             versions=lora.library_versions(),

@@ -1,7 +1,7 @@
 """The queue of a folder of runs: a file for each process that trains there or waits. No torch.
 
-The process holds the lock of its file until it ends. Its name has all there is to say: number in the
-queue, process, run. What a killed process leaves behind has no lock, and the next look removes it.
+The process holds the lock of its file until it ends. The name of the file has all there is to say:
+number in the queue, process, run. That of a killed process has no lock; the next look removes it.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ _MUTEX = f".queue.mutex.lock{atomic_io.WORK_SUFFIX}"  # names of runs have no do
 
 @dataclass(frozen=True, order=True)
 class Ticket:
-    """A process that trains or waits. Number 0: it trains, whoever waits; others follow each other in order.
+    """A process that trains or waits. With number 0 it trains; others have their turns in order.
 
-    `name` is that of the folder of its run or sweep; `started` is the time at which the process began,
-    in milliseconds, which tells it from a later one with its `pid`. Who waits has one ticket, and
-    another one while it trains.
+    `name` is that of the folder of its run or sweep. `started` is the time at which the process
+    began, in milliseconds, which tells it from a later one with its `pid`. A process in the queue
+    keeps its ticket while it trains, and has a second one then.
     """
 
     number: int
@@ -40,7 +40,10 @@ class Ticket:
 
 
 def process_start(pid: int | None = None) -> int:
-    """Return when a process began, by default this one, in milliseconds. Raises psutil.Error if there is none."""
+    """Return when a process began, by default this one, in milliseconds.
+
+    Raises psutil.Error if there is none.
+    """
     return round(psutil.Process(pid).create_time() * 1000)
 
 
@@ -68,9 +71,9 @@ def _is_held(path: Path) -> bool:
 
 
 def ahead_of(ticket: Ticket, tickets: Sequence[Ticket]) -> list[Ticket]:
-    """Return the tickets of other processes that must end before this one has its turn, one of each."""
-    others = {other.pid: other for other in tickets if other.number < ticket.number and other.pid != ticket.pid}
-    return sorted(others.values())
+    """Return the tickets of other processes that must end before this one has its turn."""
+    ahead = [other for other in tickets if other.number < ticket.number]
+    return sorted({other.pid: other for other in ahead if other.pid != ticket.pid}.values())
 
 
 @contextlib.contextmanager
@@ -88,9 +91,15 @@ def ticket(runs_dir: Path, name: str, number: int = 0) -> Iterator[Ticket]:
         lock.release()
 
 
+def already_there(name: str, runs_dir: Path) -> TrainingError:
+    """Make the error of a name that has a ticket."""
+    where = f"'{name}' is training or waiting in {runs_dir} already"
+    return TrainingError(f"{where}: choose another --name, or wait for it.")
+
+
 @contextlib.contextmanager
 def turn(runs_dir: Path, name: str, notify: EventHandler) -> Iterator[None]:
-    """Wait until no run trains in the folder and none is ahead, then keep those behind waiting during the block.
+    """Wait until no run trains in the folder and none is ahead; those behind wait during the block.
 
     Raises:
         TrainingError: a run of this name is waiting or training.
@@ -102,18 +111,14 @@ def turn(runs_dir: Path, name: str, notify: EventHandler) -> Iterator[None]:
         with _mutex(runs_dir):
             tickets = live_tickets(runs_dir)
             if any(other.name == name for other in tickets):
-                raise TrainingError(
-                    f"'{name}' is training or waiting in {runs_dir} already: choose another --name, or wait for it."
-                )
+                raise already_there(name, runs_dir)
             number = 1 + max((other.number for other in tickets), default=0)
             own = stack.enter_context(ticket(runs_dir, name, number))
         told: list[str] = []
         while names := [other.name for other in ahead_of(own, live_tickets(runs_dir))]:
             if names != told:
-                told = names
-                notify(
-                    Notice(f"Waiting for {format_count(len(names), 'run')} in {runs_dir}: {format_names(names)}.")
-                )
+                told, count = names, format_count(len(names), "run")
+                notify(Notice(f"Waiting for {count} in {runs_dir}: {format_names(names)}."))
             time.sleep(POLL_SECONDS)
         yield
 

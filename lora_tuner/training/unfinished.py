@@ -14,7 +14,7 @@ from ..config import TrainConfig
 from ..errors import AdapterError, ConfigError, TrainingError
 from ..settings_files import read_settings, resolve_settings
 from ..text import NAME_PATTERN, format_names
-from . import checkpoints, paths
+from . import checkpoints, paths, tickets
 from .paths import SWEEP_STATE_FILE
 
 _Progress = tuple[int, int | None, list[str]]  # done, total, datasets
@@ -161,10 +161,13 @@ def find_removable(name: str, runs_dir: Path) -> UnfinishedRun:
         existing = format_names([run.name for run in runs]) or "none"
         raise TrainingError(f"There is no unfinished run '{name}' in {runs_dir} ({existing}).")
     found = max(named, key=lambda run: run.kind)  # of both, that which --resume takes: the sweep
+    waiting = {ticket.name for ticket in tickets.live_tickets(runs_dir)}
     for folder in (found.folder, *_trial_folders(found)):
-        if paths.is_running(runs_dir, folder.name):
+        is_running = paths.is_running(runs_dir, folder.name)
+        if is_running or folder.name in waiting:
+            state = "running" if is_running else "waiting"
             raise TrainingError(
-                f"{folder} is running: stop its process (Ctrl-C), or wait for it, then remove it."
+                f"{folder} is {state}: stop its process (Ctrl-C), or wait for it, then remove it."
             )
     if found.kind == "sweep":
         paths.check_sweep_folder(found.folder, "move them elsewhere.")

@@ -156,6 +156,14 @@ def test_curve_beyond_its_minimum_names_step(gain, points, said, name):
     assert is_named == (min(points) == 3.0 and said is not None)
 
 
+def test_noise_of_few_rows_is_no_minimum():
+    entries = [
+        {"step": 4 * number, "eval_subset_loss": loss, "eval_subset_rows": 4}
+        for number, loss in enumerate([3.50, 3.49, 3.46, 3.51])
+    ]
+    assert rate_advice(entries, result(0.1, 0.01), 2e-3, "lora", 4) is None
+
+
 def test_kept_best_step_is_not_too_late():
     entries = [{"step": 10 * number, "eval_loss": loss} for number, loss in enumerate([3.0, 3.4, 3.8], 1)]
     assert rate_advice(entries, result(0.5, 0.01), 2e-3, "lora", 4) is None

@@ -1,4 +1,4 @@
-"""Runs as jobs: processes of their own in a queue, which can be stopped, paused, resumed and forgotten."""
+"""Runs as jobs: processes in a queue, which can be stopped, paused, resumed and forgotten."""
 
 import contextlib
 import os
@@ -54,7 +54,7 @@ with run_lock(Path("runs"), "poems"):
 def wait_for(condition, seconds=90.0):
     end = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < end, [(job, job.log and job.log.read_text()) for job in list_jobs(RUNS)]
+        assert time.monotonic() < end, list_jobs(RUNS)
         time.sleep(0.02)
     return value
 
@@ -123,7 +123,12 @@ def test_run_of_a_name_waits_once():
 def test_terminal_run_is_paused_and_stopped(start_python):
     process = start_python(TRAINS)
     job = wait_for(lambda: next(iter(list_jobs(RUNS)), None))
-    assert (job.name, job.state, job.pid, job.log) == ("poems", JobState.STARTING, process.pid, None)
+    assert (job.name, job.state, job.pid, job.log) == (
+        "poems",
+        JobState.STARTING,
+        process.pid,
+        None,
+    )
     pause_job(job)
     assert wait_for(lambda: state_of("poems") == JobState.PAUSED)
     continue_job(job)
@@ -134,7 +139,7 @@ def test_terminal_run_is_paused_and_stopped(start_python):
     stop_job(find_job("poems", RUNS))  # also while it is paused
     process.wait(30)
     assert list_jobs(RUNS) == []
-    with pytest.raises(TrainingError, match="poems has no process on this machine"):
+    with pytest.raises(TrainingError, match="poems has no process here"):
         stop_job(job)
 
 
@@ -146,7 +151,7 @@ def test_foreign_process_is_never_stopped(start_python):
     with FileLock(RUNS / f".0-{other.pid}-{started}-poems.ticket.lora_tuner-new"):
         job = find_job("poems", RUNS)
         for act in (stop_job, pause_job, continue_job):
-            with pytest.raises(TrainingError, match="poems has no process on this machine"):
+            with pytest.raises(TrainingError, match="poems has no process here"):
                 act(job)
     assert other.poll() is None
     assert psutil.Process(other.pid).status() != psutil.STATUS_STOPPED
@@ -157,7 +162,8 @@ def says(monkeypatch):
     """Let jobs be processes that say something and end."""
 
     def set_code(code):
-        monkeypatch.setattr(jobs, "_command", lambda *arguments: [sys.executable, "-c", f"import sys\n{code}"])
+        command = [sys.executable, "-c", f"import sys\n{code}"]
+        monkeypatch.setattr(jobs, "_command", lambda *arguments: command)
 
     return set_code
 
@@ -169,7 +175,10 @@ def ended(name="reviews"):
 @pytest.mark.parametrize(
     ("code", "problem"),
     [
-        ("sys.exit('Reading.\\nError: There is no file or folder x.csv.')", "There is no file or folder x.csv."),
+        (
+            "sys.exit('Reading.\\nError: There is no file or folder x.csv.')",
+            "There is no file or folder x.csv.",
+        ),
         ("sys.exit('Interrupted.')", "Interrupted."),
         ("", "The process has ended without a message."),
     ],
@@ -180,7 +189,7 @@ def test_failed_job_has_its_error(settings, says, code, problem):
     job = ended()
     assert (job.state, job.problem, job.pid) == (JobState.FAILED, problem, None)
     assert job.data == settings().dataset_names
-    with pytest.raises(TrainingError, match="reviews has no unfinished run"):
+    with pytest.raises(TrainingError, match="reviews has no unfinished run in runs to resume"):
         resume_job("reviews", RUNS)
     dismiss_job(job)
     assert list(RUNS.iterdir()) == []
@@ -208,7 +217,10 @@ def test_taken_name_is_refused_at_once(settings, adapter, says):
     says("")
     with pytest.raises(AdapterError, match="adapters/reviews exists: choose another --name"):
         start_job(settings())
-    with run_lock(RUNS, "poems"), pytest.raises(TrainingError, match="'poems' is training or waiting in runs"):
+    with (
+        run_lock(RUNS, "poems"),
+        pytest.raises(TrainingError, match="'poems' is training or waiting in runs"),
+    ):
         start_job(settings(name="poems"))
     assert list(RUNS.iterdir()) == []
 
@@ -216,7 +228,8 @@ def test_taken_name_is_refused_at_once(settings, adapter, says):
 @pytest.mark.slow
 def test_jobs_run_in_order(settings):
     with run_lock(RUNS, "terminal"):
-        first, second = (start_job(settings(name=name, max_steps=2)) for name in ("first", "second"))
+        configs = [settings(name=name, max_steps=2) for name in ("first", "second")]
+        first, second = map(start_job, configs)
         assert (first.state, first.ahead, first.step) == (JobState.WAITING, 1, 0)
         assert (second.state, second.ahead) == (JobState.WAITING, 2)
         wait_for(second.log.read_text)
@@ -238,9 +251,10 @@ def test_stopped_job_resumes_bitwise(settings):
     changes = {"max_steps": 400, "dropout": 0.1, "save_every": 1000}
     whole = train(settings(name="whole", **changes))
     code = (
-        "import sys, json; from lora_tuner import TrainConfig; from lora_tuner.training.jobs import start_job; "
+        "import sys; from lora_tuner import TrainConfig; from lora_tuner.training import jobs; "
+        "jobs.start_job(TrainConfig.model_validate_json(sys.argv[1])); print('started', flush=True); "
+        "input()"
     )
-    code += "start_job(TrainConfig.model_validate_json(sys.argv[1])); print('started', flush=True); input()"
     starter = subprocess.Popen(
         [sys.executable, "-c", code, settings(**changes).model_dump_json()],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -278,7 +292,10 @@ def test_waiting_job_is_removed(settings, stop_at):
     with run_lock(RUNS, "terminal"):
         resume_job("reviews", RUNS)
         start_job(settings(name="later"))
-        assert [job.state for job in list_jobs(RUNS)] == [JobState.STARTING, *[JobState.WAITING] * 2]
+        assert [job.state for job in list_jobs(RUNS)] == [
+            JobState.STARTING,
+            *[JobState.WAITING] * 2,
+        ]
         for name in ("reviews", "later"):
             stop_job(find_job(name, RUNS))
         assert [job.name for job in list_jobs(RUNS)] == ["terminal", "reviews"]

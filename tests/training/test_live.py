@@ -93,7 +93,7 @@ def test_full_disk_keeps_run_going(settings, watched, monkeypatch):
 def test_torn_and_foreign_lines_are_skipped(tmp_path):
     entry = {"step": 1, "loss": 2.0, "tokens": 30, "seconds": 0.5, "peak_memory_bytes": 7}
     paused = {"step": 2, "loss": 2.0, "tokens": 30, "seconds": 900.0, "peak_memory_bytes": 9}
-    lines = [entry, paused, entry | {"step": 3}]
+    lines = [entry, paused, entry | {"step": 3, "peak_memory_bytes": 9}]
     text = "".join(json.dumps(line) + "\n" for line in lines) + '[]\n{"loss": 1}\n{"step": 4, "lo'
     (tmp_path / METRICS_FILE).write_text(text)
     (tmp_path / SAMPLES_FILE).write_bytes(

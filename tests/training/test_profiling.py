@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -59,20 +60,40 @@ def test_profiling_does_not_change_result(settings):
 
 def test_curve_takes_few_percent(settings, monkeypatch):
     setup = prepare_training(settings(eval_rows=100))
-    assert setup.curve is None  # two rows would take more
+    assert setup.curve is None  # it would be measured after each step
+    monkeypatch.setattr(profiling, "SHORT_CURVE_TOKENS", 500)
     sizes = []
     for steps in (80, 120, 250, 10_000):
         curve = profiling.plan_curve(setup, steps)
-        points = range(curve.every, steps, curve.every)
-        assert 5 <= len(points) <= 7  # beside one after the last step
-        tokens = [len(setup.held_out[row]) for row in curve.rows]
-        cost = (len(points) + 1) * sum(tokens) * profiling.HELD_OUT_COST
-        assert cost <= 0.03 * steps * profiling.tokens_per_step(setup)
-        sizes.append(len(tokens))
+        assert 5 <= len(range(curve.every, steps, curve.every)) <= 7  # beside one after the last step
+        assert curve_tokens(setup, curve, steps) <= 0.03 * steps * profiling.tokens_per_step(setup) / 0.5
+        sizes.append(len(curve.rows))
     assert sizes == sorted(sizes)
     assert curve.rows == [*range(len(setup.held_out))]
     monkeypatch.setattr(profiling, "CURVE_ROWS", (2, 5))
     assert profiling.plan_curve(setup, 10_000).rows == [0, 1, 2, 3, 4]
+
+
+def curve_tokens(setup, curve, steps):
+    return math.ceil(steps / curve.every) * sum(len(setup.held_out[row]) for row in curve.rows)
+
+
+def test_short_run_has_curve(settings, monkeypatch):
+    """Of at most so many tokens, and a fifth of the run; of long rows it has fewer points."""
+    setup = prepare_training(settings(eval_rows=100))
+    monkeypatch.setattr(profiling, "SHORT_CURVE_TOKENS", 2000)
+    for steps in (9, 30, 100):
+        curve = profiling.plan_curve(setup, steps)
+        tokens = curve_tokens(setup, curve, steps)
+        assert len(curve.rows) >= 2
+        assert 5 <= math.ceil(steps / curve.every) <= 8
+        assert tokens <= min(2000, 0.2 * steps * profiling.tokens_per_step(setup) / profiling.HELD_OUT_COST)
+        before = profiling.plan_curve(setup, steps, is_short_allowed=False)
+        assert before is None or len(before.rows) < len(curve.rows)
+    longest = max(setup.held_out, key=len)
+    monkeypatch.setattr(profiling, "SHORT_CURVE_TOKENS", 2 * len(longest) * 5)
+    monkeypatch.setitem(vars(setup), "held_out", [longest] * 4)
+    assert math.ceil(30 / profiling.plan_curve(setup, 30).every) == 5
 
 
 def test_tokens_per_step_follow_weights(settings):

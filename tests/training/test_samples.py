@@ -18,9 +18,11 @@ from lora_tuner.inference import samples
 from lora_tuner.models import fsdp, kernels
 from lora_tuner.training import run
 from lora_tuner.training import samples as run_samples
+from lora_tuner.training.preview import make_preview
 from lora_tuner.training.setup import prepare_training
 
 from .. import tiny_models
+from ..cli.test_commands import run as run_command
 from ..data.test_chat import conversation, save_chat_base
 
 
@@ -61,6 +63,16 @@ def test_samples_are_kept_with_adapter(settings, texts_csv):
     assert section.count("\n| ") == 2 + len(final_samples(adapter))
     assert all(f"\n| {sample.prompt} | " in section for sample in final_samples(adapter))
     assert Library(adapter.path.parent).rename("texts", "films").samples == adapter.samples
+
+
+def test_preview_shows_sample_prompts(settings, texts_csv):
+    config = settings(dataset=texts_csv, eval_rows=100)
+    previewed = make_preview(config, 1).sample_prompts
+    assert previewed == prepare_training(config).sample_prompts
+    assert len(previewed) == 3
+    shown = run_command("train", "--base", config.base, "--dataset", texts_csv, "--preview", 1).stdout
+    assert all(f"\n  {prompt}\n" in shown.partition("(--sample-prompt):")[2] for prompt in previewed)
+    assert make_preview(settings(sample_prompt=PROMPTS), 1).sample_prompts == PROMPTS
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_tuner import Library, ModelOptions, Notice, evaluation, resume, train
+from lora_tuner import Library, ModelOptions, Notice, atomic_io, evaluation, resume, train
 from lora_tuner.adapters import adapter as adapters_adapter
 from lora_tuner.errors import DivergedError
 from lora_tuner.models.loading import load_base
@@ -96,12 +96,12 @@ def curve_of(adapter):
 
 
 def test_curve_is_on_fixed_subset(settings):
-    told, config = [], settings(max_steps=32, batch_size=8)
+    told, config = [], settings(max_steps=32, batch_size=4, eval_rows=100)
     adapter = train(config, told.append)
     points, result = curve_of(adapter), adapter.manifest.result
     assert [*points] == [*range(0, 33, 4)]
     (rows,) = {point["eval_subset_rows"] for point in points.values()}
-    assert 2 <= rows < result.rows == 8
+    assert 2 <= rows < result.rows
     setup = prepare_training(config)
     measured = evaluation.measure_base_loss(setup.base, [setup.held_out[row] for row in setup.curve.rows])
     assert points[0]["eval_subset_loss"] == pytest.approx(measured.loss, abs=1e-6)
@@ -110,13 +110,32 @@ def test_curve_is_on_fixed_subset(settings):
         loss = points[step]["eval_subset_loss"]
         assert f"Step {step}: held-out loss {loss:.3f} on the subset of {rows} rows." in notices
     base_loss = f"{measured.loss:.3f}"
-    first = f"Every 4 steps: held-out loss on a fixed subset, {rows} of 8 rows (base: {base_loss})."
+    first = f"Every 4 steps: held-out loss on a fixed subset, {rows} of {result.rows} rows (base: {base_loss})."
     assert first in notices
-    everything = train(settings(max_steps=32, batch_size=8, eval_every=16, name="all"))
+    everything = train(settings(max_steps=32, batch_size=4, eval_rows=100, eval_every=16, name="all"))
     assert weights(everything) == weights(adapter)
     assert everything.manifest.result == result
     assert [entry["step"] for entry in history(everything) if "eval_loss" in entry] == [16, 32]
     assert not curve_of(everything)
+
+
+def test_older_run_resumes_its_curve(settings, stop_at):
+    """Its manifest tells: short runs had no curve."""
+    config = settings(max_steps=12, name="whole")
+    whole = train(config)
+    assert len(curve_of(whole)) == 1 + 6
+    with stop_at(5):
+        train(settings(max_steps=12))
+    for folder in (Path("runs/reviews"), Path("runs/reviews/checkpoint-5")):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest["run"].pop("curve_rows") > 0
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    hashes = Path("runs/reviews/checkpoint-5/whole.json")
+    hashes.unlink()
+    atomic_io.write_hashes(hashes.parent)
+    resumed = resume("reviews")
+    assert max(curve_of(resumed), default=0) <= 5
+    assert weights(resumed) == weights(whole)
 
 
 def test_resumed_run_continues_curve(settings, stop_at):
