@@ -62,10 +62,9 @@ def test_runs_lists_waiting_and_running(stopped, tmp_path):
     (stopped("poems") / METRICS_FILE).write_text('{"step": 24, "loss": 2.0}\n')
     with run_lock(tmp_path / "runs", "poems"), tickets.ticket(tmp_path / "runs", "later", 1):
         listed = json.loads(run("runs", "--json").stdout)
-        assert rows_of(run("runs"))[1:] == [
-            ["poems", "24", "of", "1,200", "noir.csv", "running"],
-            ["later", "?", "?", "starting"],
-        ]
+        poems, later = rows_of(run("runs"))[1:]
+    assert poems == ["poems", "24", "of", "1,200", "noir.csv", "running"]
+    assert (later[0], later[-1]) == ("later", "starting")
     assert [(job["name"], job["state"], job["pid"]) for job in listed] == [
         ("poems", "running", os.getpid()),
         ("later", "starting", os.getpid()),
