@@ -55,7 +55,18 @@ _FOLDER_PATHS = re.compile(
 # One thread for each. "encode" has prompts of at most `SHORT_PROMPT` characters or tokens; "find"
 # looks adapters up that are in memory, "load" reads them from disk.
 Work = Literal[
-    "list", "find", "load", "encode", "encode-long", "format", "metrics", "blend", "draw", "measure", "feedback"
+    "list",
+    "find",
+    "load",
+    "encode",
+    "encode-long",
+    "format",
+    "metrics",
+    "blend",
+    "draw",
+    "measure",
+    "feedback",
+    "train",
 ]
 SHORT_PROMPT = 16_384
 SETTLED_SECONDS = 2.0  # file systems may give two changes within a tick of their clock one time

@@ -7,7 +7,6 @@ whole conversation back with each event, past the limit of a request.
 import contextlib
 from collections.abc import AsyncGenerator, Iterable
 from functools import partial
-from typing import Any
 
 import gradio as gr
 from markupsafe import Markup
@@ -43,13 +42,14 @@ EDITING = Markup(
     '<button type="button" data-action="cancel" data-turn="{0}">Cancel</button></p>'
 )
 SKIP = [gr.skip()] * 3  # of all but the last output
-Update = Any  # of a component
+Update = object  # of a component
 
 
 class ChatTab(PageTab):
     """Ask the base or an adapter, go on with the conversation, and rate the answers."""
 
-    def build(self, tab: gr.Tab) -> None:
+    def build(self, tab: gr.Tab) -> gr.Dropdown:
+        """Add the tab, and return the choice of the model."""
         names = self.model_names()
         missing = gr.HTML(self._missing(), visible=not names, apply_default_css=False)
         with gr.Column(visible=bool(names)) as controls:
@@ -87,6 +87,7 @@ class ChatTab(PageTab):
         on([history.select, current.select, said.select], self.act, conversation, shown, trigger_mode="multiple")
         on(new.click, self.restart, conversation, shown, cancels=[answer])
         on(tab.select, self.refresh, model, [model, missing, controls])
+        return model
 
     def model_names(self) -> list[str]:
         """Return the adapters with a chat template, then the base if it has one."""

@@ -19,6 +19,9 @@ from .gains_tab import GainsTab
 from .library_tab import LibraryTab
 from .requests import PageRequests
 from .sweeps_tab import SweepsTab
+from .train_runs import RunsView
+from .train_tab import TrainTab
+from .uploads import may_train
 from .write_tab import WriteTab
 
 # Again when the list above the details has come.
@@ -35,6 +38,7 @@ class Page:
     def __init__(self, service: ModelService, metrics: Metrics) -> None:
         self.service = service
         requests = PageRequests(service, metrics)
+        self.train = TrainTab(service, requests)
         self.write = WriteTab(service, requests)
         self.chat = ChatTab(service, requests)
         self.blend = BlendTab(service, requests)
@@ -48,11 +52,13 @@ class Page:
         page: gr.Blocks
         with gr.Blocks(title="lora_tuner", analytics_enabled=False) as page:
             gr.HTML(html.head(self.service.name), apply_default_css=False)
-            with gr.Tabs() as tabs:
-                with gr.Tab("Write"):
+            with gr.Tabs(selected="write") as tabs:
+                with gr.Tab("Train", id="train"):
+                    training = self.train.build(tabs, page)
+                with gr.Tab("Write", id="write"):
                     dropdowns = [self.write.build()]
-                with gr.Tab("Chat") as tab:
-                    self.chat.build(tab)
+                with gr.Tab("Chat", id="chat") as tab:
+                    chat_model = self.chat.build(tab)
                 with gr.Tab("Blend") as tab:
                     dropdowns += self.blend.build(tab)
                 with gr.Tab("Library", id="library") as tab:
@@ -63,13 +69,35 @@ class Page:
                     sweep = self.sweeps.build(tab)
             opened = on(sweep.select, self.open_in_library, None, [tabs, self.library.details])
             opened.then(None, js=SCROLL_TO_DETAILS, api_visibility="private")
+            refresh_events.append(training.ended.change)
             on([page.load, *refresh_events], self.update_choices, dropdowns, dropdowns)
+            on(training.write.click, self.open_in_write, training.view, [tabs, dropdowns[0]])
+            on(training.chat.click, self.open_in_chat, training.view, [tabs, chat_model])
+            on(page.load, self.first_tab, None, tabs)
         page.queue(default_concurrency_limit=None, api_open=False)  # the scheduler has the limit
         return page
 
     async def open_in_library(self, event: gr.EventData) -> tuple[gr.Tabs, str]:
         """Show the details of the adapter whose name was clicked in another tab."""
         return gr.Tabs(selected="library"), await self.library.card(event)
+
+    async def first_tab(self) -> dict[str, object]:
+        """Open an empty library where it is filled."""
+        names = await self.service.run_in_thread("list", self.write.usable_names)
+        is_first = not names and may_train(self.service.config)
+        return gr.update(selected="train") if is_first else gr.skip()
+
+    async def open_in_write(self, view: RunsView) -> list[dict[str, object]]:
+        """Open the tab Write with the adapter of the chosen run."""
+        names = await self.service.run_in_thread("list", self.write.usable_names)
+        chosen = [view.chosen] if view.chosen in names else []
+        return [gr.update(selected="write"), gr.update(choices=names, value=chosen)]
+
+    async def open_in_chat(self, view: RunsView) -> list[dict[str, object]]:
+        """Open the tab Chat with the adapter of the chosen run, if it has a chat template."""
+        names = await self.service.run_in_thread("list", self.chat.model_names)
+        choice = gr.update(choices=names, value=view.chosen) if view.chosen in names else gr.skip()
+        return [gr.update(selected="chat"), choice]
 
     async def update_choices(self, *selections: str | list[str] | None) -> list[dict[str, object]]:
         """Offer the current adapters in each dropdown, and keep the selected ones that still exist."""

@@ -12,6 +12,7 @@ from lora_tuner.server.playground import uploads
 from lora_tuner.settings_files import config_to_yaml
 
 from ...api_server import KEY, serving
+from .browser import run_async
 
 ID = "0123456789abcdef" * 2
 
@@ -33,7 +34,7 @@ def put(store, name, content=b"text\nso\n", *, upload=ID, method="PUT"):
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
             return await client.request(method, f"/uploads/{upload}/{name}", content=content)
 
-    return asyncio.run(request())
+    return run_async(request())
 
 
 def message_of(response, status):
