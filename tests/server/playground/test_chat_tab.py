@@ -288,6 +288,7 @@ def test_base_without_template_points_to_write(served, visitor, adapters, monkey
     assert (model["choices"], missing["visible"], controls["visible"]) == (["verse"], False, True)
 
 
+@pytest.mark.slow
 def test_chat_by_keyboard_in_browser(visit, feedback):
     page = visit()
     open_tab(page, "Chat")
@@ -331,7 +332,7 @@ def test_stop_leave_or_restart_cancels_answer(visit, served):
     buttons = [
         page.get_by_role("button", name=name).locator("visible=true") for name in ("Stop", "New conversation")
     ]
-    with served.held_steps(pause=0.05):  # like a large model
+    with served.held_steps(pause=0.2):  # like a large model
         for leave in (buttons[0].click, buttons[1].click, page.close):
             message_of(page).fill("so?")
             page.get_by_role("button", name="Send").click()
