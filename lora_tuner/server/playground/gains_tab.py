@@ -10,7 +10,7 @@ import gradio as gr
 
 from ... import evaluation
 from ...config import TrainConfig
-from ...errors import GenerationError, Interrupted, LoraTunerError, Notice, Progress
+from ...errors import ConfigError, GenerationError, Interrupted, LoraTunerError, Notice, Progress
 from ...models.loading import LoadedBase
 from ...settings_files import resolve_settings
 from ...text import format_names
@@ -94,7 +94,9 @@ class GainsTab(PageTab):
                 await asyncio.wait([task], timeout=0.2)
             yield task.result()
         except LoraTunerError as error:
-            yield self.failure(error)
+            problems = error.problems if isinstance(error, ConfigError) else {}
+            named = f"Rows: {problems['eval_rows']}" if "eval_rows" in problems else str(error)  # as the control
+            yield html.failure(self.service.hide_paths(named))
         finally:
             stopped = True
             task.cancel()  # if it has not begun

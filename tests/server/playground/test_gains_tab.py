@@ -155,7 +155,7 @@ def test_invalid_evaluation_shows_error(visit):
     open_tab(page, "Gains")
     page.get_by_label("Rows").fill("some")
     page.get_by_role("button", name="Evaluate").click()
-    expect(page.get_by_role("alert")).to_contain_text("eval_rows: input should be a valid integer")
+    expect(page.get_by_role("alert")).to_contain_text("Rows: input should be a valid integer")
     for key in ("Backspace", "Backspace", "Tab"):
         page.get_by_role("combobox", name="Adapters").press(key)
     page.get_by_role("button", name="Evaluate").click()
