@@ -320,7 +320,8 @@ def _describe(
             data = settings.dataset_names
     begun = own.started / 1000 if own else 0.0
     if folder:
-        begun = (folder / LOG_FILE).stat().st_ctime
+        with contextlib.suppress(OSError):  # it is forgotten in this moment
+            begun = folder.stat().st_mtime
     return Job(
         name=run.name if run else run_folder.name.removesuffix(".sweep"),
         state=state,
@@ -389,4 +390,4 @@ def _log_end(log: Path) -> str:
 
 
 def _iso(seconds: float) -> str:
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="milliseconds")

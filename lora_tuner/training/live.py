@@ -40,7 +40,7 @@ class LiveRun:
 
 def read_live(folder: Path) -> LiveRun:
     """Read the files of a run, be it while it writes them: a torn or damaged line is left out."""
-    metrics = _with_steps(_read_lines(folder / METRICS_FILE))
+    metrics = _points(_read_lines(folder / METRICS_FILE))
     samples = []
     for entry in _read_lines(folder / SAMPLES_FILE):
         with contextlib.suppress(ValidationError):
@@ -68,19 +68,24 @@ def read_live(folder: Path) -> LiveRun:
 
 def last_step(folder: Path) -> int | None:
     """Return the last step that a run has logged; None if there is none."""
+    path = folder / METRICS_FILE
     try:
-        with (folder / METRICS_FILE).open("rb") as file:
+        if not path.is_file():  # a pipe would block
+            return None
+        with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - _LAST_BYTES))
             entries = _parse(file.read())
     except OSError:
         return None
-    steps = [entry["step"] for entry in _with_steps(entries)]
+    steps = [entry["step"] for entry in _points(entries)]
     return steps[-1] if steps else None
 
 
-def _with_steps(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [entry for entry in entries if isinstance(entry.get("step"), int)]
+def _points(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the entries of a log that have a step, and numbers alone."""
+    numbers = [entry for entry in entries if all(type(value) in (int, float) for value in entry.values())]
+    return [entry for entry in numbers if isinstance(entry.get("step"), int)]
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

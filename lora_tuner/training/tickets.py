@@ -60,10 +60,10 @@ def live_tickets(runs_dir: Path) -> list[Ticket]:
 
 def _is_held(path: Path) -> bool:
     try:
-        with FileLock(path, timeout=0):
-            with contextlib.suppress(OSError):  # Windows does not delete an open file
-                path.unlink()
-            return False
+        with FileLock(path, timeout=0), contextlib.suppress(OSError):
+            path.unlink()
+        _delete_on_windows(path)
+        return False
     except Timeout:
         return True
     except OSError:  # of another user
@@ -89,6 +89,14 @@ def ticket(runs_dir: Path, name: str, number: int = 0) -> Iterator[Ticket]:
         with contextlib.suppress(OSError):
             path.unlink()
         lock.release()
+        _delete_on_windows(path)
+
+
+def _delete_on_windows(path: Path) -> None:
+    """Delete the file of a lock where that was not possible as long as it was open."""
+    if os.name == "nt":
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def already_there(name: str, runs_dir: Path) -> TrainingError:

@@ -94,7 +94,10 @@ def test_torn_and_foreign_lines_are_skipped(tmp_path):
     entry = {"step": 1, "loss": 2.0, "tokens": 30, "seconds": 0.5, "peak_memory_bytes": 7}
     paused = {"step": 2, "loss": 2.0, "tokens": 30, "seconds": 900.0, "peak_memory_bytes": 9}
     lines = [entry, paused, entry | {"step": 3, "peak_memory_bytes": 9}]
-    text = "".join(json.dumps(line) + "\n" for line in lines) + '[]\n{"loss": 1}\n{"step": 4, "lo'
+    text = (
+        "".join(json.dumps(line) + "\n" for line in lines)
+        + '[]\n{"loss": 1}\n{"step": 4, "loss": "x"}\n{"step": 4, "lo'
+    )
     (tmp_path / METRICS_FILE).write_text(text)
     (tmp_path / SAMPLES_FILE).write_bytes(
         b'{"step": 0, "prompt": "A", "base": "b", "adapter": "c"}\n{"step": 1}\n\xff'
@@ -112,6 +115,8 @@ def test_missing_files_are_empty(tmp_path):
     live = read_live(tmp_path)
     assert (live.metrics, live.samples, live.total, live.seconds_left) == ([], [], None, None)
     assert last_step(tmp_path) is None
+    os.mkfifo(tmp_path / METRICS_FILE)  # would block
+    assert (read_live(tmp_path).metrics, last_step(tmp_path)) == ([], None)
 
 
 def test_kept_checkpoints_have_no_live_files(settings):
