@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -95,12 +95,8 @@ class Job:
         return "sweep" if self.folder.suffix == ".sweep" else "run"
 
     def to_dict(self) -> dict[str, object]:
-        texts = {
-            "kind": self.kind,
-            "folder": str(self.folder),
-            "log": str(self.log) if self.log else None,
-        }
-        return asdict(self) | texts
+        log = str(self.log) if self.log else None
+        return asdict(self) | {"kind": self.kind, "folder": str(self.folder), "log": log}
 
 
 def list_jobs(runs_dir: Path) -> list[Job]:
@@ -162,17 +158,20 @@ def stop_job(job: Job) -> None:
     if job.state == JobState.WAITING:
         dismiss_job(job)
     else:
-        _ask_to_end(_process(job))
+        with _process(job) as process:
+            _ask_to_end(process)
 
 
 def pause_job(job: Job) -> None:
     """Suspend the process of a run. Raises TrainingError if it has none here."""
-    _process(job).suspend()
+    with _process(job) as process:
+        process.suspend()
 
 
 def continue_job(job: Job) -> None:
     """Continue a process that `pause_job` has suspended. Raises TrainingError if there is none."""
-    _process(job).resume()
+    with _process(job) as process:
+        process.resume()
 
 
 def dismiss_job(job: Job) -> None:
@@ -186,9 +185,8 @@ def dismiss_job(job: Job) -> None:
     """
     runs_dir = job.folder.parent
     if job.state == JobState.WAITING:
-        process = _process(job)
-        _ask_to_end(process)
-        with contextlib.suppress(psutil.TimeoutExpired):
+        with _process(job) as process, contextlib.suppress(psutil.TimeoutExpired):
+            _ask_to_end(process)
             process.wait(10)
     elif job.state.is_alive:
         raise TrainingError(f"{job.name} is training: stop it first.")
@@ -242,32 +240,43 @@ def _command(*arguments: str) -> list[str]:
     return [sys.executable, "-P", "-c", f"{code}; app(prog_name='cli.py')", *arguments]
 
 
-def _process(job: Job) -> psutil.Process:
-    """Return the process of a job, which is surely not another one with its number."""
+@contextlib.contextmanager
+def _process(job: Job) -> Iterator[psutil.Process]:
+    """Give the process of a job, which is surely not another one with its number.
+
+    Raises:
+        TrainingError: it has none here, or this user may not do what is done with it.
+    """
     runs_dir, name = job.folder.parent, job.folder.name
-    held = [ticket for ticket in live_tickets(runs_dir) if ticket.name == name]
-    owners = [(ticket.pid, ticket.started) for ticket in held]
-    for pid, started in [*owners, _read_process(job_folder(runs_dir, name))]:
-        if pid == job.pid and _is_alive(pid, started):
-            return psutil.Process(pid)
-    raise TrainingError(f"{job.name} has no process here: it has ended, or is of another machine.")
-
-
-def _is_alive(pid: int, started: int) -> bool:
+    held = [(it.pid, it.started) for it in live_tickets(runs_dir) if it.name == name]
+    owners = [*held, _read_process(job_folder(runs_dir, name))]
+    found = (_find_process(pid, started) for pid, started in owners if pid == job.pid)
+    if (process := next(filter(None, found), None)) is None:
+        why = "it has ended, or is of another machine"
+        raise TrainingError(f"{job.name} has no process here: {why}.")
     try:
+        yield process
+    except psutil.NoSuchProcess:  # it has ended in this moment
+        return
+    except psutil.Error as error:
+        raise TrainingError(f"The process of {job.name} cannot be controlled: {error}.") from error
+
+
+def _find_process(pid: int, started: int) -> psutil.Process | None:
+    """Return the process with this number and start, if it lives."""
+    with contextlib.suppress(psutil.Error):
         is_same = abs(process_start(pid) - started) <= _SAME_PROCESS_MS
-        return is_same and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
+        process = psutil.Process(pid)
+        return process if is_same and process.status() != psutil.STATUS_ZOMBIE else None
+    return None
 
 
 def _read_process(folder: Path | None) -> tuple[int, int]:
     """Return number and start of the process of a job; 0 where there is none."""
-    try:
-        facts = json.loads((folder / PROCESS_FILE).read_text(encoding="utf-8")) if folder else {}
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        facts = json.loads((folder / PROCESS_FILE).read_bytes()) if folder else {}
         return int(facts["pid"]), int(facts["started"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return 0, 0
+    return 0, 0
 
 
 def _ask_to_end(process: psutil.Process) -> None:
@@ -357,7 +366,7 @@ def _ended_state(run: UnfinishedRun | None, folder: Path | None) -> tuple[JobSta
         return JobState.FAILED, last.removeprefix("Error: ")
     if last.startswith(("Stopped", "Interrupted")):
         return (JobState.STOPPED, None) if run else (JobState.FAILED, last)
-    if _is_alive(*_read_process(folder)):
+    if _find_process(*_read_process(folder)):
         return JobState.STARTING, None
     why = "The process has ended without a message."
     return (JobState.STOPPED if run else JobState.FAILED), why
@@ -365,12 +374,10 @@ def _ended_state(run: UnfinishedRun | None, folder: Path | None) -> tuple[JobSta
 
 def _result(folder: Path | None) -> dict[str, Any] | None:
     """Return what a run has printed at its end; None for one that has not finished."""
-    try:
-        text = (folder / RESULT_FILE).read_text(encoding="utf-8") if folder else ""
-        result = json.loads(text)
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        result = json.loads((folder / RESULT_FILE).read_bytes()) if folder else {}
         return result if isinstance(result["run"]["steps"], int) else None
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+    return None
 
 
 def _log_end(log: Path) -> str:

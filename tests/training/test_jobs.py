@@ -157,6 +157,18 @@ def test_foreign_process_is_never_stopped(start_python):
     assert psutil.Process(other.pid).status() != psutil.STATUS_STOPPED
 
 
+def test_process_of_other_user_is_named(start_python, monkeypatch):
+    start_python(TRAINS)
+    job = wait_for(lambda: next(iter(list_jobs(RUNS)), None))
+
+    def refuse(process):
+        raise psutil.AccessDenied(process.pid)
+
+    monkeypatch.setattr(psutil.Process, "suspend", refuse)
+    with pytest.raises(TrainingError, match="The process of poems cannot be controlled"):
+        pause_job(job)
+
+
 @pytest.fixture
 def says(monkeypatch):
     """Let jobs be processes that say something and end."""
