@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -28,6 +27,7 @@ from ..data.mixing import mix
 from ..errors import ConfigError, EventHandler, Notice, TrainingError, os_error_message
 from ..models import threads
 from .checkpoints import LIVE_FILES, resume_command
+from .live import LogEntry
 from .setup import TrainingSetup
 
 LOSSES = {"loss", "eval_loss", "eval_subset_loss"}
@@ -141,7 +141,7 @@ class LiveLog(TrainerCallback):
     def _update(self, state: TrainerState) -> None:
         if not state.is_world_process_zero:
             return
-        log: list[dict[str, Any]] = state.log_history
+        log: list[LogEntry] = state.log_history
         new = log[self.written :] if self.written else [*self.start, *log]
         losses = [entry for entry in new if LOSSES & entry.keys()]
         samples = [sample for entry in new for sample in entry.get("samples", [])]

@@ -15,6 +15,7 @@ from ..adapters.samples import SAMPLES_FILE, Sample
 from ..errors import ConfigError
 from ..settings_files import read_settings
 
+LogEntry = dict[str, Any]  # of numbers, or of samples
 _RECENT_STEPS = 50  # of which the pace is that of now
 _LAST_BYTES = 4_096  # of a file, which have its last line
 
@@ -30,7 +31,7 @@ class LiveRun:
         memory_bytes: The most that the run has held.
     """
 
-    metrics: list[dict[str, Any]]
+    metrics: list[LogEntry]
     samples: list[Sample]
     total: int | None
     memory_bytes: int | None
@@ -82,13 +83,13 @@ def last_step(folder: Path) -> int | None:
     return steps[-1] if steps else None
 
 
-def _points(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _points(entries: list[LogEntry]) -> list[LogEntry]:
     """Return the entries of a log that have a step, and numbers alone."""
     numbers = [entry for entry in entries if all(type(value) in (int, float) for value in entry.values())]
     return [entry for entry in numbers if isinstance(entry.get("step"), int)]
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def _read_lines(path: Path) -> list[LogEntry]:
     try:
         if not path.is_file() or path.stat().st_size > MAX_METRICS_BYTES:  # a pipe would block
             return []
@@ -97,7 +98,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _parse(text: bytes) -> list[dict[str, Any]]:
+def _parse(text: bytes) -> list[LogEntry]:
     entries = []
     for line in text.splitlines():
         with contextlib.suppress(ValueError, RecursionError):

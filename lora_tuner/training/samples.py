@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Sequence
 from statistics import median
-from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -14,6 +13,7 @@ from ..errors import ConfigError, Notice, first_line
 from ..inference.samples import PromptSampler
 from ..models import fsdp
 from .arguments import log_samples
+from .live import LogEntry
 from .profiling import CURVE_PARTS
 from .progress import fit_width
 from .setup import TrainingSetup
@@ -22,7 +22,6 @@ TIME_SHARE = 0.028  # of a run; one of less than SHORT_RUN seconds may take as m
 SHORT_RUN = 300
 SHOWN_WIDTHS = 18, 29, 29  # of prompt, base and adapter, so that a line fits a terminal
 MAX_POINTS = 100  # of a run
-_Entry = dict[str, Any]  # of a log
 
 
 class RunSamples(TrainerCallback):
@@ -115,7 +114,7 @@ class RunSamples(TrainerCallback):
             for prompt, base, text in zip(self.prompts, self.base_texts, texts, strict=True)
         ]
         entry = {"samples": [sample.model_dump() for sample in samples], "sample_seconds": self.seconds}
-        log: list[_Entry] = state.log_history
+        log: list[LogEntry] = state.log_history
         log.append({"step": step, **entry})
         self.seconds = 0.0
         log_samples(self.trackers, samples)
@@ -153,7 +152,7 @@ class RunSamples(TrainerCallback):
         self.sampler = None
 
 
-def _entries(state: TrainerState) -> list[_Entry]:
+def _entries(state: TrainerState) -> list[LogEntry]:
     return [entry for entry in state.log_history if "samples" in entry]
 
 
