@@ -373,7 +373,7 @@ def upload_files(folder: Path, repo: str, names: Sequence[str], *, private: bool
         repo_id = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
         public = private and not api.model_info(repo_id).private
     if public:
-        raise HubError(f"{repo} is public: make it private on its Hub page first, or leave --private out.")
+        raise HubError(f"{repo} is public: make it private on its Hub page first, or push to it as it is.")
     with hub_request(repo, writing=True):
         return str(
             api.upload_folder(

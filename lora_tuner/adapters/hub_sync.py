@@ -8,6 +8,7 @@ import contextlib
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,7 @@ def push(adapter: Adapter, repo: str, *, private: bool = False, dry_run: bool = 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / adapter.name
         folder.mkdir()
-        copy_files(adapter, folder, SYNCED_FILES)
-        _strip_local_paths(folder, adapter.manifest)
+        copy_public(adapter, folder)
         if not (folder / CARD_FILE).is_file():
             (folder / CARD_FILE).write_text(
                 model_card.model_card(load_adapter_folder(folder), adapter.name), encoding="utf-8"
@@ -133,7 +133,7 @@ def _check_push(repo: str, *, private: bool) -> dict[str, str]:
             "Run `hf auth login` with one that has, or choose another owner."
         )
     if existing and private and not existing.private:
-        raise HubError(f"{repo} is public: make it private on its Hub page first, or leave --private out.")
+        raise HubError(f"{repo} is public: make it private on its Hub page first, or push to it as it is.")
     visibility = "private" if (existing.private if existing else private) else "public"
     return {
         "account": f"{account['name']}, {shown} ({role})",
@@ -158,29 +158,57 @@ def _right_to_write(account: dict[str, Any], owner: str, token: dict[str, Any]) 
     return f"an organization of the account ({organizations[owner]})" if owner in organizations else None
 
 
-def _max_bytes(file: str) -> int:
+def max_bytes(file: str) -> int:
+    """Return the limit for a file of a stranger's adapter, but for its weights."""
     return MAX_TOKENIZER_BYTES if file in TOKENIZER_FILES else MAX_SIDE_FILE_BYTES
 
 
-def _strip_local_paths(folder: Path, manifest: Manifest) -> None:
-    """Replace local paths by their last part in every file of a folder that holds some."""
+def copy_public(adapter: Adapter, folder: Path, names: Sequence[str] = SYNCED_FILES) -> None:
+    """Copy files of an adapter into an empty folder, each local path in them replaced by its last part.
+
+    Raises AdapterError for a file that cannot be read for that.
+    """
+    copy_files(adapter, folder, names)
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     if base_name := config.get("base_model_name_or_path"):
         config["base_model_name_or_path"] = display_name(base_name)
+    before = atomic_io.sha256_file(folder / CONFIG_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if adapter.manifest is not None:
+        public = _public_manifest(adapter.manifest)
+        if public.weights is not None and public.weights.config in (
+            None,
+            before,
+        ):  # else it is damaged, and stays so
+            hashes = {"config": atomic_io.sha256_file(folder / CONFIG_FILE)}
+            public = public.model_copy(update={"weights": public.weights.model_copy(update=hashes)})
+        (folder / MANIFEST_FILE).write_text(public.to_json(), encoding="utf-8")
     tokenizer_config = folder / "tokenizer_config.json"
     if tokenizer_config.is_file():
         try:
             settings = dict(json.loads(tokenizer_config.read_text(encoding="utf-8")))
         except (ValueError, TypeError, RecursionError) as error:
             raise AdapterError(
-                f"{folder.name} is not pushed: its {tokenizer_config.name} is no JSON object."
+                f"{adapter.name} is not shared: its {tokenizer_config.name} is no JSON object."
             ) from error
         paths = {
             key: display_name(settings[key]) for key in _TOKENIZER_PATHS if isinstance(settings.get(key), str)
         }
         tokenizer_config.write_text(json.dumps(settings | paths, indent=2) + "\n", encoding="utf-8")
-    base, data, weights = manifest.base, manifest.data, manifest.weights
+    if (folder / RUN_FILE).is_file():
+        try:
+            settings = read_settings(folder / RUN_FILE)
+        except ConfigError as error:
+            raise AdapterError(f"{adapter.name} is not shared: its {RUN_FILE} has no valid settings.") from error
+        settings |= {key: _without_folders(settings[key]) for key in _PATH_SETTINGS if key in settings}
+        (folder / RUN_FILE).write_text(
+            yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
+
+
+def _public_manifest(manifest: Manifest) -> Manifest:
+    """Replace local paths in a manifest by their last part."""
+    base, data = manifest.base, manifest.data
     base = base.model_copy(update={"name": display_name(base.name), "repo": display_name(base.repo)})
     if data is not None:
         sources = [
@@ -190,19 +218,7 @@ def _strip_local_paths(folder: Path, manifest: Manifest) -> None:
         names = {"name": data.name, "source": data.source, "eval_dataset": data.eval_dataset}
         shown = {key: display_name(name) for key, name in names.items() if name is not None}
         data = data.model_copy(update={**shown, "sources": sources})
-    if weights is not None:
-        weights = weights.model_copy(update={"config": atomic_io.sha256_file(folder / CONFIG_FILE)})
-    public = manifest.model_copy(update={"base": base, "data": data, "weights": weights})
-    (folder / MANIFEST_FILE).write_text(public.to_json(), encoding="utf-8")
-    if (folder / RUN_FILE).is_file():
-        try:
-            settings = read_settings(folder / RUN_FILE)
-        except ConfigError as error:
-            raise AdapterError(f"{folder.name} is not pushed: its {RUN_FILE} has no valid settings.") from error
-        settings |= {key: _without_folders(settings[key]) for key in _PATH_SETTINGS if key in settings}
-        (folder / RUN_FILE).write_text(
-            yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
-        )
+    return manifest.model_copy(update={"base": base, "data": data})
 
 
 def _without_folders(setting: object) -> object:
@@ -242,7 +258,7 @@ def pull(
     files = {
         file: sizes[file]
         for file in SYNCED_FILES
-        if file in sizes and (file == WEIGHTS_FILE or sizes[file] <= _max_bytes(file))
+        if file in sizes and (file == WEIGHTS_FILE or sizes[file] <= max_bytes(file))
     }
     if dry_run:
         return TransferResult(repo, files)

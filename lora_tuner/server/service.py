@@ -53,7 +53,7 @@ _FOLDER_PATHS = re.compile(
 
 
 # One thread for each. "encode" has prompts of at most `SHORT_PROMPT` characters or tokens; "find"
-# looks adapters up that are in memory, "load" reads them from disk.
+# looks adapters up that are in memory, "load" reads them from disk; "library" reads and changes whole folders.
 Work = Literal[
     "list",
     "find",
@@ -67,6 +67,8 @@ Work = Literal[
     "measure",
     "feedback",
     "train",
+    "library",
+    "push",
 ]
 SHORT_PROMPT = 16_384
 SETTLED_SECONDS = 2.0  # file systems may give two changes within a tick of their clock one time

@@ -164,7 +164,7 @@ def test_push_ignores_symlinked_card(hub, small, tmp_path):
 def test_push_invalid_run_settings_fails(hub, small):
     for text in ("base: [", "- base\n"):
         (small.path / RUN_FILE).write_text(text)
-        assert refusal(AdapterError, push, small) == "small is not pushed: its run.yaml has no valid settings."
+        assert refusal(AdapterError, push, small) == "small is not shared: its run.yaml has no valid settings."
     assert not hub.repos
 
 
@@ -177,7 +177,7 @@ def test_push_private_creates_private_repo(hub, small):
 def test_push_existing_repo_keeps_visibility(hub, small):
     hub.commit(KEY, {"notes.txt": b"kept", CARD_FILE: b"old"})
     assert refusal(HubError, push, small, private=True) == (
-        f"{REPO} is public: make it private on its Hub page first, or leave --private out."
+        f"{REPO} is public: make it private on its Hub page first, or push to it as it is."
     )
     url = push(small).url
     assert url == f"{hub.url}/{REPO}/commit/{hub.repos[KEY].sha}"
@@ -251,7 +251,7 @@ def test_push_dry_run_refuses_like_push(hub, small, monkeypatch, token, repo, wh
 
 def test_push_dry_run_refuses_public_repo(hub, small):
     push(small)
-    message = "owner/reviews is public: make it private on its Hub page first, or leave --private out."
+    message = "owner/reviews is public: make it private on its Hub page first, or push to it as it is."
     assert refusal(HubError, push, small, private=True, dry_run=True) == message
 
 

@@ -23,6 +23,7 @@ from starlette.types import Message, Receive, Scope, Send
 from ..metrics import Metrics
 from ..middleware import UPLOAD_PATH
 from ..service import ModelService
+from .downloads import DOWNLOAD_PATH, Downloads
 from .page import Page
 from .uploads import Uploads
 
@@ -74,7 +75,7 @@ def mount(app: FastAPI, service: ModelService, api_key: str | None) -> FastAPI:
     )
     (page,) = (route for route in app.routes if isinstance(route, Mount) and route.path == "")
     assert isinstance(page.app, App)
-    page.app = _RestrictedRoutes(page.app, app.state.metrics, Uploads(service.config))
+    page.app = _RestrictedRoutes(page.app, app.state.metrics, Uploads(service.config), Downloads(service))
     return app
 
 
@@ -100,19 +101,16 @@ class _RestrictedRoutes:
     app: App
     metrics: Metrics
     uploads: Uploads
+    downloads: Downloads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        is_upload = UPLOAD_PATH.fullmatch(path) is not None
-        if scope["type"] != "http" or not (is_upload or ALLOWED_ROUTES.fullmatch(path)):
+        upload, download = UPLOAD_PATH.fullmatch(path), DOWNLOAD_PATH.fullmatch(path)
+        if scope["type"] != "http" or not (upload or download or ALLOWED_ROUTES.fullmatch(path)):
             raise HTTPException(404)
         # Gradio checks some of them only.
-        if path.startswith(("/gradio_api/", "/uploads/")) and not self._is_logged_in(scope):
+        if path.startswith(("/gradio_api/", "/uploads/", "/downloads/")) and not self._is_logged_in(scope):
             raise HTTPException(401, "Log in first.")
-        if is_upload:
-            response = await self.uploads.respond(scope, receive)
-            await response(scope, receive, send)
-            return
         start: Message = {}
         body = bytearray()
         failed = False
@@ -141,6 +139,12 @@ class _RestrictedRoutes:
             if not failed:
                 await send(message)
 
+        if upload is not None:
+            response = await self.uploads.respond(scope, receive)
+            return await response(scope, receive, send_with_headers)
+        if download is not None:
+            response = await self.downloads.respond(download[1], scope["method"])
+            return await response(scope, receive, send_with_headers)
         send_edited = send_with_headers
         if path == "/":  # it is edited, so it must not be compressed
             plain = [header for header in scope["headers"] if header[0] != b"accept-encoding"]

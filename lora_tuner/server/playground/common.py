@@ -20,6 +20,8 @@ SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penal
 SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "seed")  # without effect in greedy decoding
 CLEAR_BUSY = """html => html.replace('aria-busy="true"', 'aria-busy="false"')"""
 
+GONE = "{} is no longer in the library: it was renamed or removed."
+
 on = partial(gr.on, show_progress="hidden", api_visibility="private")
 
 

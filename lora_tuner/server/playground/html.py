@@ -1,40 +1,25 @@
-"""HTML of the playground: outputs, library, details of an adapter, progress.
+"""HTML of the playground that several tabs share: notes, errors, outputs, progress.
 
 Any text may come from a model or from an unknown adapter, so every value is escaped by its template
 (`Markup.format`). Nothing here depends on Gradio; its colours are CSS variables (playground.css).
 """
 
-import base64
 import itertools
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache, partial
-from io import BytesIO
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
 
-from ...adapters import plots
-from ...adapters.adapter import CARD_FILE, METRICS_FILE, Adapter
-from ...adapters.model_card import summary_rows
-from ...errors import AdapterError, LoraTunerError, Progress
+from ...errors import Progress
 from ...inference.sequence import Sequence as TokenSequence
 from ...inference.sequence import TokenLogprobs
-from ...models import delta
-from ...models.layers import Layer
-from ...text import display_name, format_bytes, format_count, format_gain, format_share
+from ...text import display_name, format_share
 from ..responses import OutputReader, token_text
 from ..scheduler import Request
-from ..service import ServedModel
-
-MAX_CARD = 100_000  # characters of a model card
-_NONE = Markup('<span class="faint">–</span>')
-_LIBRARY_HEADER = Markup("").join(
-    Markup('<th scope="col">{}</th>').format(name)
-    for name in ("name", "gain", "held-out loss", "rank", "size", "data", "rows", "created")
-)
 
 
 @cache
@@ -151,107 +136,6 @@ def _describe_token(token: TokenLogprobs, spell: Callable[[int], str]) -> list[s
 def format_probability(logprob: float) -> str:
     share = math.exp(min(logprob, 0.0))
     return format_share(share) if share >= 0.001 else "under 0.1%"
-
-
-def library(models: Sequence[ServedModel]) -> Markup:
-    """Show a table of adapters: name, then facts or the reason why one cannot be used."""
-    if not models:
-        return note("No adapters yet. Train one with python cli.py train; it appears here once it is saved.")
-    lines = Markup("").join(
-        Markup('<tr><th scope="row"><button type="button" data-name="{}">{}</button></th>{}</tr>').format(
-            model.id, model.id, _cells(model)
-        )
-        for model in models
-    )
-    return Markup(
-        '<div class="wide" tabindex="0"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>'
-    ).format(_LIBRARY_HEADER, lines)
-
-
-def _cells(model: ServedModel) -> Markup:
-    adapter = model.adapter
-    if adapter is None:
-        return Markup('<td colspan="7" class="broken">{}</td>').format(model.broken or "")
-    manifest = adapter.manifest
-    data, result = (manifest.data, manifest.result) if manifest else (None, None)
-    facts = (
-        format_gain(result.gain, result.standard_error, ".3f") if result else _NONE,
-        f"{result.loss:.3f}" if result else _NONE,
-        str(adapter.rank),
-        format_bytes(adapter.bytes),
-        ", ".join([display_name(data.name), *data.where]) if data else _NONE,
-        f"{data.counts['train']:,}" if data and "train" in data.counts else _NONE,
-        manifest.created[:10] if manifest else _NONE,
-    )
-    return Markup("").join(Markup("<td>{}</td>").format(fact) for fact in facts)
-
-
-def card(adapter: Adapter, layers: Mapping[str, Layer], hide_paths: Callable[[str], str]) -> Markup:
-    """Show the details of an adapter: facts, loss curve, spectrum, model card.
-
-    The model card is not rendered: Markdown may load images of other hosts.
-    """
-    lines = Markup("").join(
-        Markup("<dt>{}</dt><dd>{}</dd>").format(key, value) for key, value in summary_rows(adapter)
-    )
-    pictures = [
-        _picture(plot, hide_paths)
-        for plot in (partial(_plot_loss, adapter), partial(_plot_spectrum, adapter, layers))
-    ]
-    return Markup(
-        '<section class="card"><h2>{}</h2><dl>{}</dl><div class="pictures">{}</div>'
-        '<details><summary>Model card</summary><pre tabindex="0">{}</pre></details></section>'
-    ).format(adapter.name, lines, Markup("").join(pictures), _readme(adapter))
-
-
-def _picture(plot: Callable[[BytesIO], tuple[str, str]], hide_paths: Callable[[str], str]) -> Markup:
-    """Embed a plot with its alternative text and caption, or the reason why there is none."""
-    png = BytesIO()
-    try:
-        alt, caption = plot(png)
-    except LoraTunerError as error:
-        reason = hide_paths(str(error))
-    except Exception as error:  # the files of an unknown adapter may hold anything
-        reason = f"Cannot plot this: {hide_paths(str(error))}"
-    else:
-        data = base64.b64encode(png.getvalue()).decode()
-        return Markup(
-            '<figure><img src="data:image/png;base64,{}" alt="{}"><figcaption>{}</figcaption></figure>'
-        ).format(data, alt, caption)
-    return Markup('<figure class="none"><figcaption>{}</figcaption></figure>').format(reason)
-
-
-def _plot_loss(adapter: Adapter, png: BytesIO) -> tuple[str, str]:
-    manifest = adapter.manifest
-    if manifest is None or manifest.run is None or manifest.data is None:
-        raise AdapterError("No loss curve: this adapter was not trained by lora_tuner.")
-    plots.plot_loss(plots.read_metrics(adapter.path / METRICS_FILE), manifest, png)
-    return "Loss by training step", f"{format_count(manifest.run.steps, 'step')}; lower is better."
-
-
-def _plot_spectrum(adapter: Adapter, layers: Mapping[str, Layer], png: BytesIO) -> tuple[str, str]:
-    delta.check_summable(adapter)
-    energies = {
-        module: delta.singular_values(update).square()
-        for module, update in delta.load_deltas(adapter, layers).items()
-    }
-    energies = {module: energy for module, energy in energies.items() if float(energy.sum()) > 0}
-    if not energies:
-        raise AdapterError("No spectrum: the update of every layer is zero.")
-    plots.plot_spectra({module: energy.tolist() for module, energy in energies.items()}, {}, png)
-    shares = sorted(float(energy[0] / energy.sum()) for energy in energies.values())
-    return (
-        "Spectrum: share of each singular value in the energy of its layer's update",
-        f"{format_count(len(shares), 'layer')}; median share of the largest singular value: {shares[len(shares) // 2]:.0%}.",
-    )
-
-
-def _readme(adapter: Adapter) -> str:
-    path = adapter.path / CARD_FILE
-    if not path.is_file() or path.is_symlink():  # a link may lead to any file
-        return "This adapter has no model card."
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return file.read(MAX_CARD)
 
 
 def progress(event: Progress | None) -> Markup:

@@ -4,8 +4,10 @@ Errors are shown in place of the output, not in a box that vanishes. A visitor's
 their browser: reloading the page resets them.
 """
 
+import contextlib
 import os
 import sys
+from collections.abc import AsyncGenerator
 
 import gradio as gr
 
@@ -67,7 +69,7 @@ class Page:
                     dropdowns += [self.gains.build()]
                 with gr.Tab("Sweeps") as tab:
                     sweep = self.sweeps.build(tab)
-            opened = on(sweep.select, self.open_in_library, None, [tabs, self.library.details])
+            opened = on(sweep.select, self.open_in_library, None, [tabs, *self.library.details])
             opened.then(None, js=SCROLL_TO_DETAILS, api_visibility="private")
             refresh_events.append(training.ended.change)
             on([page.load, *refresh_events], self.update_choices, dropdowns, dropdowns)
@@ -77,9 +79,11 @@ class Page:
         page.queue(default_concurrency_limit=None, api_open=False)  # the scheduler has the limit
         return page
 
-    async def open_in_library(self, event: gr.EventData) -> tuple[gr.Tabs, str]:
+    async def open_in_library(self, event: gr.EventData) -> AsyncGenerator[tuple[object, ...], None]:
         """Show the details of the adapter whose name was clicked in another tab."""
-        return gr.Tabs(selected="library"), await self.library.card(event)
+        async with contextlib.aclosing(self.library.open(event)) as updates:
+            async for details in updates:
+                yield gr.Tabs(selected="library"), *details
 
     async def first_tab(self) -> dict[str, object]:
         """Open an empty library where it is filled."""

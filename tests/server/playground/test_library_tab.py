@@ -3,21 +3,20 @@
 import json
 import re
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
 from playwright.sync_api import expect
 from safetensors.numpy import load_file
 
-from lora_tuner.adapters import adapter, plots
-from lora_tuner.adapters.plots import plot_loss  # the session leaves it empty elsewhere
+from lora_tuner.adapters import adapter
 
 from ... import adapter_files
 from .browser import choose, open_tab, wait_for_outputs
 
 
-def test_library_shows_adapters_and_cards(page, adapters, monkeypatch):
-    monkeypatch.setattr(plots, "plot_loss", plot_loss)
+def test_library_shows_adapters_and_cards(page, adapters, tmp_path):
     open_tab(page, "Library")
     rows = page.get_by_role("row")
     expect(rows).to_have_count(5)
@@ -39,15 +38,46 @@ def test_library_shows_adapters_and_cards(page, adapters, monkeypatch):
     expect(rows.nth(1)).to_contain_text("peft_type is '<img")
     page.get_by_role("button", name="noir").click()
     card = page.locator(".card")
-    expect(card.get_by_role("heading")).to_have_text("noir")
+    expect(card.get_by_role("heading", level=2)).to_have_text("noir")
     expect(card).to_contain_text(f"{noir.result.loss:.3f} (base: {noir.result.base_loss:.3f})")
-    for name, width in (("Loss by training step", 840), ("Spectrum: share of", 960)):
-        picture = card.get_by_role("img", name=name)
-        assert picture.evaluate("image => image.naturalWidth") == width
+    expect(card.get_by_role("img", name="Loss by training step")).to_be_visible()
+    spectrum = page.get_by_role("img", name="Spectrum: share of")
+    assert spectrum.evaluate("image => image.naturalWidth") == 960
     card.get_by_text("Model card").click()
     assert card.locator("pre").text_content() == (adapters / "noir" / adapter.CARD_FILE).read_text()
+    with page.expect_download() as download:
+        card.get_by_role("link", name="Download as zip").click()
+    assert download.value.suggested_filename == "noir.zip"
+    with zipfile.ZipFile(download.value.path()) as archive:
+        archive.extractall(tmp_path)
+    assert adapter.verify_adapter(adapter.load_adapter_folder(tmp_path / "noir")) == []
     page.get_by_role("button", name="broken").click()
     expect(page.get_by_role("alert")).to_contain_text("broken cannot be used.")
+
+
+@pytest.mark.slow
+def test_table_is_sorted_and_filtered(page, adapters):
+    open_tab(page, "Library")
+    names = page.locator("tbody tr:visible th")
+    expect(names).to_have_text(["broken", "noir", "verse", "xss"])
+    header = page.get_by_role("columnheader", name="gain")
+    expect(header).to_have_attribute("aria-sort", "none")
+    header.get_by_role("button").click()
+    expect(header).to_have_attribute("aria-sort", "ascending")
+    gains = {
+        name: adapter.load_adapter_folder(adapters / name).manifest.result.gain for name in ("noir", "verse")
+    }
+    rising = sorted([*gains, "xss"], key=lambda name: gains.get(name, gains["noir"]))
+    expect(names).to_have_text([*rising, "broken"])
+    header.get_by_role("button").press("Enter")
+    expect(header).to_have_attribute("aria-sort", "descending")
+    expect(names).to_have_text([*sorted(rising, key=lambda name: -gains.get(name, gains["noir"])), "broken"])
+    page.get_by_label("Filter by name, data or base").fill("NOIR.json")  # its data
+    expect(names).to_have_text(["noir"])
+    expect(page.get_by_role("status").filter(has_text="1 of 4")).to_be_visible()
+    page.get_by_role("button", name="Refresh").click()
+    page.get_by_label("Filter by name, data or base").fill("")
+    expect(names).to_have_count(4)
 
 
 @pytest.mark.slow
@@ -87,12 +117,10 @@ def test_card_without_plots_gives_reasons(visit, adapters, tmp_path):
         open_tab(page, "Library")
         page.get_by_role("button", name="rescaled").click()
         card = page.locator(".card")
-        expect(card.locator("figcaption")).to_have_text(
-            [
-                "No loss curve: this adapter was not trained by lora_tuner.",
-                re.compile("^rescaled is a DoRA adapter, .*: merge it instead.$"),
-            ]
-        )
+        expect(card.locator(".note")).to_have_text("No loss curve: this adapter was not trained by lora_tuner.")
+        expect(
+            page.get_by_text(re.compile("^rescaled is a DoRA adapter, .*: merge it instead.$"))
+        ).to_be_visible()
         assert card.locator("img").count() == 0
         assert card.locator("pre").text_content() == "This adapter has no model card."
     finally:
