@@ -7,7 +7,6 @@ import pytest
 import yaml
 
 from lora_tuner import Library, atomic_io
-from lora_tuner import hub as ours
 from lora_tuner.adapters import hub_sync
 from lora_tuner.adapters.adapter import (
     CARD_FILE,
@@ -34,24 +33,10 @@ REFUSED = "no permission to write to owner/reviews: run `hf auth login` with a t
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """An empty local Hub that replaces the real one, and a token with write access."""
-    from huggingface_hub import constants
-
     monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
     monkeypatch.setenv("HF_TOKEN", "writer")
-    with Hub({}) as server:
-        settings = {
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_CACHE": str(tmp_path / "home" / "hub"),
-            "HF_TOKEN_PATH": str(tmp_path / "home" / "token"),
-        }
-        for name, value in settings.items():
-            monkeypatch.setattr(constants, name, value)
-        ours.why_unreachable.cache_clear()
+    with Hub({}) as server, server.for_this_process(tmp_path / "home", monkeypatch):
         yield server
-    ours.why_unreachable.cache_clear()
 
 
 @pytest.fixture

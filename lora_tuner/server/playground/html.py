@@ -39,6 +39,11 @@ def note(text: str) -> Markup:
     return Markup('<p class="note">{}</p>').format(text)
 
 
+def status(text: str) -> Markup:
+    """Show the result of an action, which screen readers read aloud."""
+    return Markup('<p class="note" role="status">{}</p>').format(text)
+
+
 def failure(text: str) -> Markup:
     """Show an error on one line."""
     return Markup('<p class="failure" role="alert">{}</p>').format(" ".join(text.split()))

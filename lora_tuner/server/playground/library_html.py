@@ -15,13 +15,12 @@ from ...adapters.adapter import CARD_FILE, METRICS_FILE, Adapter
 from ...adapters.library import current_name
 from ...adapters.manifest import ParentInfo
 from ...adapters.model_card import summary_rows
-from ...adapters.samples import Sample
 from ...errors import AdapterError, LoraTunerError
 from ...models import delta
 from ...models.layers import Layer
 from ...text import display_name, format_bytes, format_count, format_gain
 from ..service import ServedModel
-from . import charts, html
+from . import charts, html, train_html
 
 MAX_CARD = 100_000  # characters of a model card
 MAX_RELATIVES = 100  # adapters in a lineage: a stranger's manifest may name any number
@@ -105,7 +104,7 @@ def card(
             "parents": _parents(adapter, models),
             "children": _children(adapter, models),
             "loss": or_reason(lambda: _loss_chart(adapter), hide_paths),
-            "samples": or_reason(lambda: samples(adapter.samples), hide_paths),
+            "samples": or_reason(lambda: train_html.samples(adapter.samples), hide_paths),
             "readme": _readme(adapter),
         }
     return Markup(html.template("card.html.jinja").render(shown))
@@ -120,18 +119,6 @@ def or_reason(draw: Callable[[], Markup], hide_paths: Callable[[str], str]) -> M
     except Exception as error:  # the files of an unknown adapter may hold anything
         reason = f"Cannot show this: {hide_paths(str(error))}"
     return html.note(reason)
-
-
-def samples(samples: Sequence[Sample]) -> Markup:
-    """Show the texts for each prompt: of the base, and of the adapter by step."""
-    if not samples:
-        return Markup("")
-    prompts: dict[tuple[str, bool], list[tuple[str, str]]] = {}
-    for sample in sorted(samples, key=lambda sample: sample.step):
-        texts = prompts.setdefault((sample.prompt, sample.chat), [("base", sample.base)])
-        texts.append((f"step {sample.step:,}", sample.adapter))
-    rows = [(prompt, chat, texts) for (prompt, chat), texts in prompts.items()]
-    return Markup(html.template("samples.html.jinja").render(prompts=rows))
 
 
 def _weights_hash(adapter: Adapter) -> str | None:

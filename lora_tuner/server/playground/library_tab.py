@@ -1,40 +1,58 @@
-"""The tab of the library: all adapters, and the details of one."""
+"""The tab of the library: all adapters, the details of one, and what can be done with it."""
 
 from collections.abc import AsyncGenerator, Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from gradio.events import Dependency
 
 from ...adapters.library import read_consistently
-from ...errors import LoraTunerError
-from ..service import ServedModel
+from ...errors import LoraTunerError, os_error_message
+from ..service import ServedModel, Work
 from . import html, library_html
 from .common import GONE, PageTab, on
+from .library_actions import OFF, LibraryActions
+from .uploads import may_train
 
 TABLE_SCRIPT = Path(__file__).with_name("library.js").read_text(encoding="utf-8")
 CARD_SCRIPT = Path(__file__).with_name("card.js").read_text(encoding="utf-8")
+CHOOSE = "Choose an adapter to see its details."
 
 
 class LibraryTab(PageTab):
-    """Browse the adapters of the library."""
+    """Browse the adapters of the library, and manage them."""
+
+    @cached_property
+    def actions(self) -> LibraryActions:
+        return LibraryActions(self.service)
+
+    @cached_property
+    def cleared(self) -> dict[gr.components.Component, dict[str, Any]]:
+        """Results of what was done, and how each is cleared when another adapter is shown."""
+        return {}
 
     def build(self, tab: gr.Tab) -> list[Callable[..., Dependency]]:
         """Add the tab, and return the events on which the library is read anew."""
         refresh = gr.Button("Refresh", size="sm", scale=0)
         table = gr.HTML(apply_default_css=False, js_on_load=TABLE_SCRIPT)
-        card = gr.HTML(
-            html.note("Choose an adapter to see its details."),
-            apply_default_css=False,
-            js_on_load=CARD_SCRIPT,
-        )
+        card = gr.HTML(html.note(CHOOSE), apply_default_css=False, js_on_load=CARD_SCRIPT)
+        name = gr.State("")  # of the adapter that is shown
+        with gr.Column(visible=False) as actions:
+            self._build_verify(name)
+            changes: list[Dependency] = []
+            if may_train(self.service.config):
+                changes = [self._build_rename(name), self._build_remove(name, [card, actions])]
+                self._build_push(name)
+            else:
+                gr.HTML(html.note(OFF), apply_default_css=False)
         spectrum = gr.HTML(apply_default_css=False)
-        self.details = [card, spectrum]
-        refresh_events = [tab.select, refresh.click]
-        on(refresh_events, self.library, None, table)
-        for shown in (table, card):
-            shown.select(
+        shown = [name, card, actions, spectrum]
+        self.details = [*shown, *self.cleared]
+        on([tab.select, refresh.click], self.library, None, table)
+        for list_of_names in (table, card):
+            list_of_names.select(
                 self.open,
                 None,
                 self.details,
@@ -42,24 +60,85 @@ class LibraryTab(PageTab):
                 show_progress="minimal",
                 api_visibility="private",
             )
-        return refresh_events
+        for event in changes:
+            event.then(self.library, None, table, show_progress="hidden", api_visibility="private")
+        if changes:
+            changes[0].then(self.show, name, shown, show_progress="hidden", api_visibility="private")
+        return [tab.select, table.change]
+
+    def _result(self) -> gr.HTML:
+        """Add the place for the result of an action."""
+        result = gr.HTML(apply_default_css=False)
+        self.cleared[result] = gr.update(value="")
+        return result
+
+    def _build_verify(self, name: gr.State) -> None:
+        verify = gr.Button("Verify", scale=0, min_width=140)
+        on(verify.click, self.verify, name, self._result())
+
+    def _build_rename(self, name: gr.State) -> Dependency:
+        with gr.Accordion("Rename", open=False):
+            new = gr.Textbox(label="New name", max_lines=1)
+            button = gr.Button("Rename", scale=0, min_width=140)
+            result = self._result()
+        renamed: Dependency = on([button.click, new.submit], self.rename, [name, new], [result, name, new])
+        return renamed
+
+    def _build_remove(self, name: gr.State, shown: Sequence[gr.HTML | gr.Column]) -> Dependency:
+        with gr.Accordion("Remove", open=False):
+            ask = gr.Button("Remove ...", scale=0, min_width=140)
+            question = self._result()
+            with gr.Row():
+                confirm = gr.Button("Remove for ever", variant="stop", scale=0, min_width=140, visible=False)
+                keep = gr.Button("Keep it", scale=0, min_width=140, visible=False)
+        self.cleared |= {confirm: gr.update(visible=False), keep: gr.update(visible=False)}
+        answers = [question, confirm, keep]
+        on(ask.click, self.ask_removal, name, answers)
+        on(keep.click, lambda: _question(""), None, answers)
+        removed: Dependency = on(confirm.click, self.remove, name, [*answers, name, *shown])
+        return removed
+
+    def _build_push(self, name: gr.State) -> None:
+        with gr.Accordion("Push to the Hugging Face Hub", open=False):
+            if why := self.actions.why_no_push():
+                gr.HTML(html.note(why), apply_default_css=False)
+                return
+            with gr.Row():
+                repo = gr.Textbox(label="Repo", placeholder="owner/name", max_lines=1, scale=2)
+                private = gr.Checkbox(True, label="Private", info="If the repo is new.", scale=1)
+            with gr.Row():
+                check = gr.Button("Check", scale=0, min_width=140)
+                push = gr.Button("Push", variant="primary", scale=0, min_width=140, interactive=False)
+            result = self._result()
+        self.cleared[push] = gr.update(interactive=False)
+        on([check.click, repo.submit], self.check_push, [name, repo, private], [result, push])
+        on([repo.input, private.input], lambda: ("", gr.update(interactive=False)), None, [result, push])
+        on(push.click, self.push, [name, repo, private], [result, push])
+
+    # What is shown
 
     async def library(self) -> str:
         """Show all adapters."""
         return await self.service.run_in_thread("list", lambda: library_html.library(self.adapters()))
 
-    async def open(self, event: gr.EventData) -> AsyncGenerator[tuple[str, str], None]:
-        """Show the adapter whose name was clicked: its card at once, then its spectrum."""
+    async def open(self, event: gr.EventData) -> AsyncGenerator[tuple[Any, ...], None]:
+        """Show the adapter whose name was clicked, without results of what was done with another."""
+        async for shown in self.show(str(event.name)):
+            yield *shown, *self.cleared.values()
+
+    async def show(self, name: str) -> AsyncGenerator[tuple[Any, ...], None]:
+        """Show an adapter: its card at once, then its spectrum."""
         models = await self.service.run_in_thread("list", self.adapters)
-        model = next((model for model in models if model.id == event.name), None)
+        model = next((model for model in models if model.id == name), None)
         if model is None or model.path is None:
-            yield html.failure(GONE.format(event.name)), ""
+            yield "", html.failure(GONE.format(name)), gr.update(visible=False), ""
             return
         card = await self.service.run_in_thread("library", partial(self.card, model, models))
-        yield card, ""
+        yield name, card, gr.update(visible=True), ""
         if model.broken is None:
             # One thread: matplotlib is not thread-safe.
-            yield card, await self.service.run_in_thread("draw", partial(self.spectrum, model.path))
+            spectrum = await self.service.run_in_thread("draw", partial(self.spectrum, model.path))
+            yield name, card, gr.update(visible=True), spectrum
 
     def card(self, model: ServedModel, models: Sequence[ServedModel]) -> str:
         """Show what is in the folder of an adapter."""
@@ -75,3 +154,52 @@ class LibraryTab(PageTab):
         layers = self.service.generator.engine.multi_lora.layers
         draw = partial(read_consistently, folder, partial(library_html.spectrum, layers=layers))
         return library_html.or_reason(draw, self.service.hide_paths)
+
+    # What is done
+
+    async def _attempt(self, action: Callable[[], str], work: Work = "library") -> tuple[bool, str]:
+        """Return whether an action succeeded, and its result or the reason against it."""
+        try:
+            return True, html.status(self.service.hide_paths(await self.service.run_in_thread(work, action)))
+        except LoraTunerError as error:
+            return False, self.failure(error)
+        except OSError as error:
+            return False, self.failure(LoraTunerError(os_error_message(error)))
+
+    async def verify(self, name: str) -> str:
+        """Compare an adapter with its manifest."""
+        return (await self._attempt(partial(self.actions.verify, name)))[1]
+
+    async def rename(self, name: str, new: str) -> tuple[Any, ...]:
+        """Rename an adapter."""
+        new = str(new or "").strip()
+        renamed, result = await self._attempt(partial(self.actions.rename, name, new))
+        return (result, new, "") if renamed else (result, name, gr.skip())
+
+    async def ask_removal(self, name: str) -> tuple[Any, ...]:
+        """Name what is lost, and ask."""
+        asked, question = await self._attempt(partial(self.actions.describe_loss, name))
+        return _question(question, asked)
+
+    async def remove(self, name: str) -> tuple[Any, ...]:
+        """Remove an adapter, and show that in place of its card."""
+        removed, result = await self._attempt(partial(self.actions.remove, name))
+        if not removed:
+            return *_question(result), name, gr.skip(), gr.skip()
+        return *_question(""), "", result, gr.update(visible=False)
+
+    async def check_push(self, name: str, repo: str, private: bool) -> tuple[Any, ...]:
+        """Ask the Hub for the right to write, and allow pushing if it is given."""
+        check = partial(self.actions.check_push, name, str(repo or "").strip(), bool(private))
+        allowed, result = await self._attempt(check, "push")
+        return result, gr.update(interactive=allowed)
+
+    async def push(self, name: str, repo: str, private: bool) -> tuple[Any, ...]:
+        """Push an adapter to the Hub."""
+        push = partial(self.actions.push, name, str(repo or "").strip(), bool(private))
+        return (await self._attempt(push, "push"))[1], gr.update(interactive=False)
+
+
+def _question(text: str, asked: bool = False) -> tuple[Any, ...]:
+    """Return what the question of a removal shows; without one there are no buttons."""
+    return text, gr.update(visible=asked), gr.update(visible=asked)

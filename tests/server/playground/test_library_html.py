@@ -81,7 +81,7 @@ def test_samples_are_shown_by_step(make):
     html = show(ServedModel("poems", model.path, load_adapter_folder(model.path)))
     assert "A &lt;b&gt;" in html
     assert html.count("base text") == 1
-    assert html.index("text 0") < html.index("text 10") < html.index("text 20")
+    assert html.index("text 20") < html.index("text 10") < html.index("text 0")
 
 
 def test_damaged_files_are_named_in_place(make):

@@ -1,0 +1,163 @@
+"""Changes of the library that visitors ask for. Each refusal is a sentence of the page.
+
+Names come from visitors: adapters are looked up in the listing, new names are checked.
+"""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ...adapters import hub_sync
+from ...adapters.adapter import WEIGHTS_FILE, Adapter, validate_name, verify_adapter
+from ...adapters.library import Library, read_consistently
+from ...errors import AdapterError, HubError
+from ...text import format_bytes, format_count, format_names
+from ..service import ModelService, ServedModel
+from .common import GONE
+from .uploads import may_train
+
+OFF = "Renaming, removing, uploading, exporting and pushing are off: start the server with --allow-training."
+FIXED = "This server was started for certain adapters (--adapter): its library is not changed from the page."
+NO_TOKEN = "Pushing is off: the server has no token of the Hugging Face Hub. Start it with HF_TOKEN set."
+REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LibraryActions:
+    """What visitors may do with adapters. All methods block."""
+
+    service: ModelService
+
+    @property
+    def library(self) -> Library:
+        return self.service.generator.library
+
+    def find(self, name: str) -> ServedModel:
+        """Return an adapter of the listing. Raises AdapterError if it is not there."""
+        model = next((model for model in self.service.list_models() if model.id == name and model.path), None)
+        if model is None:
+            raise AdapterError(GONE.format(name) if name else "Choose an adapter first.")
+        return model
+
+    def read(self, name: str, function: Callable[[Adapter], T]) -> T:
+        """Call a function on an adapter of the listing. Raises AdapterError."""
+        path = self.find(name).path
+        assert path is not None
+        return read_consistently(path, function)
+
+    def check_allowed(self) -> None:
+        """Raise AdapterError where visitors may change nothing."""
+        if not may_train(self.service.config):
+            raise AdapterError(OFF)
+
+    def check_changeable(self) -> None:
+        """Raise AdapterError where the library may not be changed."""
+        self.check_allowed()
+        if self.service.only:
+            raise AdapterError(FIXED)
+
+    def check_new_name(self, name: str) -> str:
+        """Return a name that a new adapter can have. Raises AdapterError."""
+        if validate_name(name) == self.service.name:
+            raise AdapterError(f"{name} is the name of the base: choose another one.")
+        if os.path.lexists(self.library.path / name):
+            raise AdapterError(f"There is an adapter {name}: choose another name.")
+        return name
+
+    def rename(self, name: str, new: str) -> str:
+        """Rename an adapter. Returns what was done."""
+        self.check_changeable()
+        self.find(name)
+        self.library.rename(name, self.check_new_name(new))
+        return f"{name} is now {new}. Requests that use it are answered to their end."
+
+    def describe_loss(self, name: str) -> str:
+        """Say what is lost with an adapter: files, and the adapters that name it as a parent."""
+        model = self.find(name)
+        assert model.path is not None
+        if model.path.is_symlink():
+            return f"{name} is a link to a folder elsewhere: only the link is removed."
+        files = [path for path in model.path.rglob("*") if path.is_file()]
+        size = sum(path.lstat().st_size for path in files)
+        text = f"This deletes {name} for ever: {format_count(len(files), 'file')}, {format_bytes(size)}."
+        children = self._children(model)
+        if children:
+            verb = "names" if len(children) == 1 else "name"
+            text += f" {format_names(children)} {verb} it as a parent, and will show that it is gone."
+        return text
+
+    def _children(self, model: ServedModel) -> Sequence[str]:
+        if model.adapter is None or model.adapter.manifest is None:
+            return []
+        sha256 = model.adapter.sha256
+        others = [
+            (other.id, other.adapter.manifest.parents)
+            for other in self.service.list_models()
+            if other.adapter is not None and other.adapter.manifest is not None
+        ]
+        return [name for name, parents in others if any(parent.sha256 == sha256 for parent in parents)]
+
+    def remove(self, name: str) -> str:
+        """Remove an adapter, even a broken one. Returns what was done."""
+        self.check_changeable()
+        self.find(name)
+        try:
+            self.library.remove(name)
+        except (AdapterError, FileNotFoundError) as error:
+            if os.path.lexists(self.library.path / name):
+                raise
+            raise AdapterError(GONE.format(name)) from error  # another visitor was faster
+        return f"{name} was removed."
+
+    def verify(self, name: str) -> str:
+        """Compare an adapter with its manifest, byte by byte. Raises AdapterError with its problems."""
+
+        def check(adapter: Adapter) -> str:
+            if problems := verify_adapter(adapter):
+                raise AdapterError(f"{name} is damaged: {'; '.join(problems)}.")
+            if adapter.manifest is None:
+                return (
+                    f"{name}: all values of {WEIGHTS_FILE} are finite. It has no manifest, so there is no hash to "
+                    "compare with."
+                )
+            return (
+                f"{name} is intact: weights and settings match the hashes in its manifest, all values are finite."
+            )
+
+        return self.read(name, check)
+
+    def why_no_push(self) -> str | None:
+        """Return why nothing can be pushed to the Hub; None if it can."""
+        from huggingface_hub import get_token
+
+        return None if get_token() else NO_TOKEN
+
+    def check_push(self, name: str, repo: str, private: bool) -> str:
+        """Ask the Hub whether an adapter may be pushed, and send nothing. Returns owner and visibility."""
+        result = self._push(name, repo, private, dry_run=True)
+        size = format_bytes(sum(result.files.values()))
+        checks = ". ".join(f"{key.capitalize()}: {text}" for key, text in result.checks.items())
+        return f"{checks}. To be sent: {format_count(len(result.files), 'file')}, {size}, without paths of this machine."
+
+    def push(self, name: str, repo: str, private: bool) -> str:
+        """Push an adapter to the Hub, after the same checks. Returns its address there."""
+        self._push(name, repo, private, dry_run=True)
+        return f"{name} was pushed: {self._push(name, repo, private, dry_run=False).url}"
+
+    def _push(self, name: str, repo: str, private: bool, *, dry_run: bool) -> hub_sync.TransferResult:
+        self.check_allowed()
+        if why := self.why_no_push():
+            raise AdapterError(why)
+        if not REPO.fullmatch(repo):
+            raise AdapterError("Give the repo as OWNER/NAME, in letters, digits, '-', '_' and '.'.")
+        if self.read(name, lambda adapter: adapter.manifest) is None:
+            raise AdapterError(
+                f"{name} has no manifest that ties it to its base: download it, and upload it here."
+            )
+        result = self.read(name, lambda adapter: hub_sync.push(adapter, repo, private=private, dry_run=dry_run))
+        if "not checked" in result.checks:
+            raise HubError(f"Not checked: {result.checks['not checked']}.")
+        return result
