@@ -56,7 +56,8 @@ def test_library_shows_adapters_and_cards(page, adapters, tmp_path):
 
 
 @pytest.mark.slow
-def test_table_is_sorted_and_filtered(page, adapters):
+def test_table_is_sorted_and_filtered(visit, adapters):
+    page = visit()
     open_tab(page, "Library")
     names = page.locator("tbody tr:visible th")
     expect(names).to_have_text(["broken", "noir", "verse", "xss"])
