@@ -215,7 +215,7 @@ def _start(run_folder: Path, arguments: list[str], settings: str | None = None) 
             options = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}  # for CTRL_BREAK_EVENT
         with (folder / LOG_FILE).open("ab") as log, (folder / RESULT_FILE).open("wb") as result:
             process = subprocess.Popen(
-                _command("train", *arguments, "--queue", "--json"),
+                command_line("train", *arguments, "--queue", "--json"),
                 stdin=subprocess.DEVNULL,
                 stdout=result,
                 stderr=log,
@@ -234,7 +234,7 @@ def _start(run_folder: Path, arguments: list[str], settings: str | None = None) 
     return next(job for job in list_jobs(runs_dir) if job.folder.name == name)
 
 
-def _command(*arguments: str) -> list[str]:
+def command_line(*arguments: str) -> list[str]:
     """Return the command line of a process with the modules of this one, wherever they are."""
     code = f"import sys; sys.path[:] = {sys.path!r}; from lora_tuner.cli.app import app"
     return [sys.executable, "-P", "-c", f"{code}; app(prog_name='cli.py')", *arguments]

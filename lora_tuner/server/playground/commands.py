@@ -6,7 +6,6 @@ Their settings come from a file: nothing that a visitor typed is an argument.
 import asyncio
 import contextlib
 import json
-import sys
 import tempfile
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
@@ -17,9 +16,9 @@ import yaml
 
 from ...config import TrainConfig
 from ...errors import LoraTunerError
+from ...training.jobs import command_line
 
 Json = dict[str, Any]
-COMMAND = (sys.executable, "-P", "-c", "from lora_tuner.cli.app import app; app()")
 SETTINGS_FILE = "settings.yaml"
 FRAME_SECONDS = 0.2  # between two looks at the progress
 END_SECONDS = 5.0  # to end after SIGTERM
@@ -51,11 +50,7 @@ class CommandRunner:
         async with self._free:
             yield "Starting ..."
             process = await asyncio.create_subprocess_exec(
-                *COMMAND,
-                *arguments,
-                "--config",
-                str(file),
-                "--json",
+                *command_line(*arguments, "--config", str(file), "--json"),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,

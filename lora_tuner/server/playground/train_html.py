@@ -100,7 +100,7 @@ def preview(data: Json, max_length: int) -> Markup:
         html.note(f"The first of {format_rows(data['train_rows'])} to train on. {marks}"),
         Markup('<div class="rows">{}</div>').format(rows),
         _lengths(data["lengths"], data["measured_rows"], data["train_rows"]) if data["lengths"] else "",
-        _dropped(data),
+        _prompts(data["sample_prompts"]) + _dropped(data),
     )
 
 
@@ -171,6 +171,15 @@ def _cuts(lengths: Json, measured: int) -> str:
             shown = f"{format_rows(rows)} ({format_share_of(rows, measured)})"
             return f"{text.format(shown)}; {share} of the tokens are used."
     return f"No row is longer than {limit}; {share} of the tokens are used."
+
+
+def _prompts(prompts: Sequence[str]) -> Markup:
+    if not prompts:
+        return Markup("")
+    items = Markup("").join(Markup("<li>{}</li>").format(_shown(prompt)) for prompt in prompts)
+    return Markup(
+        '<p class="note">Prompts of the samples while it trains:</p><ul class="prompts">{}</ul>'
+    ).format(items)
 
 
 def _dropped(data: Json) -> Markup:

@@ -71,6 +71,8 @@ class TrainTab(PageTab):
                 show_progress="hidden",
                 api_visibility="private",
             )
+        parent = controls[train_form.FIELDS.index("parent")]
+        on([page.load, parts.ended.change], self.offer_parents, parent, parent)
         on(train.click, self.train, inputs, [new, status, *controls, *runs])
         on(page.load, self.load, view, [new, *runs])
         on(tabs.select, self.select_tab, view, runs)
@@ -221,6 +223,11 @@ class TrainTab(PageTab):
         view.chosen, view.problem, view.asks = job.name, "", False
         controls = train_form.error_updates({}, view.invalid)
         return [gr.update(open=False), "", *controls, *await self.runs.look(view)]
+
+    async def offer_parents(self, selected: str) -> dict[str, object]:
+        """Offer the current adapters to continue from."""
+        names = await self.service.run_in_thread("list", self.usable_names)
+        return gr.update(choices=[train_form.FRESH, *names], value=selected if selected in names else "")
 
     async def load(self, view: RunsView) -> list[object]:
         """Show all runs at the start, with the form closed if one lives. An empty library opens on this tab."""

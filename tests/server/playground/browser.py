@@ -44,7 +44,7 @@ CONTRAST_SCRIPT = """() => {
 }"""
 
 
-def open_page(context, url, problems):
+def open_page(context, url, problems, timeout=10_000):
     """Open the playground. Console errors, failed requests and other hosts are added to `problems`."""
 
     def on_console(message):
@@ -63,7 +63,7 @@ def open_page(context, url, problems):
         if response.status >= 400:
             problems.append(f"{response.url}: {response.status}")
 
-    page = new_page(context)
+    page = new_page(context, timeout)
     page.on("console", on_console)
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("request", on_request)
@@ -74,9 +74,9 @@ def open_page(context, url, problems):
     return page
 
 
-def new_page(context, **options):
+def new_page(context, timeout=10_000, **options):
     page = context.new_page(**options)
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(timeout)
     page.pending = set()
     page.on("request", lambda request: page.pending.add(request) if "/queue/" in request.url else None)
     for ended in ("requestfinished", "requestfailed"):

@@ -172,7 +172,7 @@ def test_upload_suggests_free_name(tab, upload, served):
 
 def run_command(monkeypatch, code, count=None):
     """Run a command in place of the command line; return its outputs, the first `count` of them."""
-    monkeypatch.setattr(commands, "COMMAND", (sys.executable, "-c", code))
+    monkeypatch.setattr(commands, "command_line", lambda *arguments: [sys.executable, "-c", code, *arguments])
     runner, outputs = commands.CommandRunner(), []
 
     async def run():
@@ -222,9 +222,8 @@ time.sleep(60)
 
 
 def test_failed_preview_keeps_what_is_shown(tab, upload, monkeypatch):
-    monkeypatch.setattr(
-        commands, "COMMAND", (sys.executable, "-c", "import sys; sys.exit('Error: --max-length')")
-    )
+    code = "import sys; sys.exit('Error: --max-length')"
+    monkeypatch.setattr(commands, "command_line", lambda *_: [sys.executable, "-c", code])
 
     async def last():
         return [update async for update in tab.preview(RunsView(), upload, *values())][-1]
@@ -255,10 +254,18 @@ def test_preview_and_plan_come_from_commands(tab, upload):
 def test_preview_escapes_rows():
     part = {"role": "user", "text": "<script>x</script>\nso", "is_learned": False}
     row = {"parts": [part], "tokens": ["<b>"], "labels": [True], "cut_tokens": 3, "pieces": 1}
-    data = {"rows": [row], "train_rows": 9, "measured_rows": 0, "lengths": None, "dropped": []}
+    data = {
+        "rows": [row],
+        "train_rows": 9,
+        "measured_rows": 0,
+        "lengths": None,
+        "dropped": [],
+        "sample_prompts": ["<i>"],
+    }
     shown = train_html.preview(data, 16)
     assert "<script>" not in shown
     assert "<span>&lt;script&gt;x&lt;/script&gt;\u21b5\nso</span>" in shown
+    assert "<li>&lt;i&gt;</li>" in shown
     assert "Max length 16 cuts 3 behind them" in shown
     assert "What is marked is learned" in shown
 
@@ -344,7 +351,7 @@ def test_failed_action_is_told(tab, stopped):
     view = RunsView()
     look(tab, view)
     shown = dict(zip(OUTPUTS, run_async(tab.runs.act(jobs.pause_job, view)), strict=True))
-    assert "mine has no process on this machine" in shown["details"]
+    assert re.search(r"class=\"failure\" role=\"alert\">mine has no process", shown["details"])
 
 
 def test_ended_run_renews_choices(tab, stopped, monkeypatch):
