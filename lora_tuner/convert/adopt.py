@@ -20,8 +20,9 @@ from ..adapters.adapter import (
     weights_info,
 )
 from ..adapters.library import Library, copy_files
-from ..adapters.manifest import Manifest, utc_timestamp
+from ..adapters.manifest import BaseInfo, Manifest, utc_timestamp
 from ..errors import AdapterError, EventHandler, Notice, ignore_events
+from ..models.base_files import BaseModelFiles
 from ..models.layers_in_files import layer_sizes_in_files
 from ..models.resolve import find_adapter_base, find_base
 
@@ -31,8 +32,9 @@ def adopt(
     folder: str | Path,
     name: str | None = None,
     *,
-    base: str | None = None,
+    base: str | BaseModelFiles | None = None,
     revision: str | None = None,
+    base_info: BaseInfo | None = None,
     notify: EventHandler = ignore_events,
 ) -> Adapter:
     """Write a manifest for an adapter of another tool; from then on it is rejected on any other
@@ -44,6 +46,7 @@ def adopt(
         name: name of the copy; by default the folder's.
         base: the base model; by default the one in the PEFT config.
         revision: commit of the base on the Hub.
+        base_info: what the manifest says of the base, where more is known than by its files.
         notify: receives a notice.
 
     Raises:
@@ -63,7 +66,9 @@ def adopt(
     if not in_library:
         library.check_name_free(name, advice="choose another --name")
     check_weights_hash(adapter)
-    if base is not None:
+    if isinstance(base, BaseModelFiles):
+        base_files = base
+    elif base is not None:
         base_files = find_base(base, revision, notify)
     elif adapter.base:
         base_files = find_adapter_base(adapter, revision, notify)
@@ -72,7 +77,8 @@ def adopt(
     adapter.check_shapes(layer_sizes_in_files(base_files, adapter))
     if problem := adapter.replaced.misfit(adapter.tensors, base_files.shapes):
         raise AdapterError(f"{adapter.path} does not fit the base: {problem}.")
-    manifest = Manifest(created=utc_timestamp(), base=base_files.base_info(), weights=weights_info(adapter))
+    base_info = base_info or base_files.base_info()
+    manifest = Manifest(created=utc_timestamp(), base=base_info, weights=weights_info(adapter))
     if in_library:
         atomic_io.atomic_write_text(adapter.path / MANIFEST_FILE, manifest.to_json())
     else:

@@ -27,7 +27,7 @@ MAX_BODY = 1_000_000  # bytes
 # For other paths than those of the API: anyone may send them, without the key.
 MAX_PAGE_BODY = 200_000
 MAX_SECONDS = 30.0  # for a whole body; of a file, for the next part of it
-UPLOAD_PATH = re.compile("/uploads/(?P<id>[^/]+)/(?P<name>[^/]+)")
+UPLOAD_PATH = re.compile("/uploads/(?P<adapter>adapter/)?(?P<id>[^/]+)/(?P<name>[^/]+)")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _CLOSE = {"Connection": "close"}  # the rest of the request stays unread
 

@@ -48,9 +48,10 @@ HEADERS = [
 def mount(app: FastAPI, service: ModelService, api_key: str | None) -> FastAPI:
     """Add the page at `/`, behind the app's own routes. An API key is its password."""
     queueing.traceback = _LoggedTraceback  # type: ignore[attr-defined,assignment] # printed, it would break lines
+    pages = Page(service, app.state.metrics)
     app = gr.mount_gradio_app(
         app,
-        Page(service, app.state.metrics).blocks(),
+        pages.blocks(),
         "/",
         auth=partial(_is_key, api_key) if api_key else None,
         auth_message="Use any name, and the API key of this server as the password." if api_key else None,
@@ -75,7 +76,8 @@ def mount(app: FastAPI, service: ModelService, api_key: str | None) -> FastAPI:
     )
     (page,) = (route for route in app.routes if isinstance(route, Mount) and route.path == "")
     assert isinstance(page.app, App)
-    page.app = _RestrictedRoutes(page.app, app.state.metrics, Uploads(service.config), Downloads(service))
+    downloads = Downloads(service, pages.library.exports)
+    page.app = _RestrictedRoutes(page.app, app.state.metrics, Uploads(service.config), downloads)
     return app
 
 
@@ -143,7 +145,7 @@ class _RestrictedRoutes:
             response = await self.uploads.respond(scope, receive)
             return await response(scope, receive, send_with_headers)
         if download is not None:
-            response = await self.downloads.respond(download[1], scope["method"])
+            response = await self.downloads.respond(download, scope["method"])
             return await response(scope, receive, send_with_headers)
         send_edited = send_with_headers
         if path == "/":  # it is edited, so it must not be compressed

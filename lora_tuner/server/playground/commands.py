@@ -29,12 +29,14 @@ _MAX_LINE = 500
 class CommandRunner:
     """Runs commands one after another, as each takes a core and the memory of a base.
 
-    Each is given the folder of its settings, and may write there.
+    One with settings is given their folder, and may write there.
     """
 
     _free: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
 
-    async def run(self, *arguments: str, config: TrainConfig, folder: Path) -> AsyncGenerator[str | Json, None]:
+    async def run(
+        self, *arguments: str, config: TrainConfig | None = None, folder: Path | None = None
+    ) -> AsyncGenerator[str | Json, None]:
         """Yield the last line of progress whenever it has changed, then the result.
 
         Closing the generator ends the command.
@@ -42,15 +44,17 @@ class CommandRunner:
         Raises:
             LoraTunerError: the command has failed; its message.
         """
-        values = config.model_dump(mode="json", exclude_none=True, exclude_unset=True)
-        file = folder / SETTINGS_FILE
-        file.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        if config is not None and folder is not None:
+            values = config.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+            file = folder / SETTINGS_FILE
+            file.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+            arguments += ("--config", str(file))
         if self._free.locked():
-            yield "Waiting for the preview or plan of another visitor ..."
+            yield "Waiting for what another visitor has started ..."
         async with self._free:
             yield "Starting ..."
             process = await asyncio.create_subprocess_exec(
-                *command_line(*arguments, "--config", str(file), "--json"),
+                *command_line(*arguments, "--json"),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,

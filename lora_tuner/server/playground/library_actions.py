@@ -7,16 +7,27 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
-from ...adapters import hub_sync
-from ...adapters.adapter import WEIGHTS_FILE, Adapter, validate_name, verify_adapter
+from ... import atomic_io
+from ...adapters import archive, hub_sync
+from ...adapters.adapter import (
+    MANIFEST_FILE,
+    WEIGHTS_FILE,
+    Adapter,
+    load_adapter_folder,
+    validate_name,
+    verify_adapter,
+)
 from ...adapters.library import Library, read_consistently
-from ...errors import AdapterError, HubError
-from ...text import format_bytes, format_count, format_names
+from ...convert.adopt import adopt
+from ...errors import AdapterError, HubError, Notice, WrongBaseError
+from ...models import lora
+from ...text import default_adapter_name, display_name, format_bytes, format_count, format_names
 from ..service import ModelService, ServedModel
 from .common import GONE
-from .uploads import may_train
+from .uploads import Uploads, may_train
 
 OFF = "Renaming, removing, uploading, exporting and pushing are off: start the server with --allow-training."
 FIXED = "This server was started for certain adapters (--adapter): its library is not changed from the page."
@@ -66,6 +77,62 @@ class LibraryActions:
         if os.path.lexists(self.library.path / name):
             raise AdapterError(f"There is an adapter {name}: choose another name.")
         return name
+
+    @property
+    def uploads(self) -> Uploads:
+        return Uploads(self.service.config)
+
+    def adopt(self, upload: str, name: str) -> str:
+        """Add an uploaded adapter to the library, as that of a stranger: its own manifest is not kept.
+
+        Nothing in it chooses a base, a file or a folder. Returns what was done.
+        """
+        self.check_changeable()
+        files = self.uploads.files(upload)
+        archives = [path for path in files if path.suffix.lower() == ".zip"]
+        if not files:
+            raise AdapterError("Choose a zip file, or the files of an adapter, first.")
+        if archives and len(files) > 1:
+            raise AdapterError("Upload one zip file alone, or the files of one adapter.")
+        if not name and not archives:
+            raise AdapterError("Give the adapter a name.")
+        name = self.check_new_name(name or default_adapter_name(archives[0].stem))
+        notices: list[str] = []
+        with atomic_io.temporary_folder(self.uploads.folder) as temporary:
+            folder = temporary / name
+            folder.mkdir()
+            left_out = archive.unpack(archives[0], folder) if archives else archive.copy_uploaded(files, folder)
+            is_chat = self._check_base(folder)
+            (folder / MANIFEST_FILE).unlink(missing_ok=True)
+            adopt(
+                self.library,
+                folder,
+                name,
+                base=self.service.base.files,
+                base_info=self.service.base.info(with_template=is_chat),
+                notify=lambda event: notices.append(event.text) if isinstance(event, Notice) else None,
+            )
+        self.uploads.remove(upload)
+        text = f"{name} is in the library. {' '.join(notices)}"
+        return f"{text} Left out: {format_names(left_out)}." if left_out else text
+
+    def _check_base(self, folder: Path) -> bool:
+        """Return whether an adapter has learned conversations, by its manifest if it has one.
+
+        Raises AdapterError if that names another base.
+        """
+        adapter = load_adapter_folder(folder)
+        if adapter.manifest is None:
+            return False
+        try:
+            lora.check_base(adapter, self.service.base)
+        except WrongBaseError as error:
+            trained_on = display_name(adapter.manifest.base.name)
+            raise AdapterError(
+                f"{adapter.name} was trained on {trained_on}, or with another tokenizer or chat template: it does not "
+                f"fit {self.service.name}, the base of this server."
+            ) from error
+        return adapter.is_chat
 
     def rename(self, name: str, new: str) -> str:
         """Rename an adapter. Returns what was done."""

@@ -207,3 +207,16 @@ def _readme(adapter: Adapter) -> str:
         return "This adapter has no model card."
     with path.open(encoding="utf-8", errors="replace") as file:
         return file.read(MAX_CARD)
+
+
+def bullets(texts: Sequence[str]) -> Markup:
+    """Show notes as a list; nothing without any."""
+    items = Markup("").join(Markup("<li>{}</li>").format(text) for text in texts)
+    return Markup('<ul class="note">{}</ul>').format(items) if texts else items
+
+
+def download(href: str, title: str) -> Markup:
+    """Show the link to a file of this server."""
+    return Markup('<p class="note" role="status">Ready: <a href="{}" download>Download {}</a></p>').format(
+        href, title
+    )

@@ -1,5 +1,6 @@
 """The tab of the library: all adapters, the details of one, and what can be done with it."""
 
+import contextlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,10 +12,12 @@ from gradio.events import Dependency
 from ...adapters.library import read_consistently
 from ...errors import LoraTunerError, os_error_message
 from ..service import ServedModel, Work
-from . import html, library_html
-from .common import GONE, PageTab, on
+from . import html, library_html, train_html
+from .commands import CommandRunner
+from .common import GONE, PageTab, buttons, connect_stop, on
+from .exports import FORMATS, PRECISIONS, Export, Exports
 from .library_actions import OFF, LibraryActions
-from .uploads import may_train
+from .uploads import MAX_FILE_BYTES, may_train
 
 TABLE_SCRIPT = Path(__file__).with_name("library.js").read_text(encoding="utf-8")
 CARD_SCRIPT = Path(__file__).with_name("card.js").read_text(encoding="utf-8")
@@ -29,6 +32,10 @@ class LibraryTab(PageTab):
         return LibraryActions(self.service)
 
     @cached_property
+    def exports(self) -> Exports:
+        return Exports(self.actions, CommandRunner())
+
+    @cached_property
     def cleared(self) -> dict[gr.components.Component, dict[str, Any]]:
         """Results of what was done, and how each is cleared when another adapter is shown."""
         return {}
@@ -37,6 +44,7 @@ class LibraryTab(PageTab):
         """Add the tab, and return the events on which the library is read anew."""
         refresh = gr.Button("Refresh", size="sm", scale=0)
         table = gr.HTML(apply_default_css=False, js_on_load=TABLE_SCRIPT)
+        added = self._build_upload() if may_train(self.service.config) else None
         card = gr.HTML(html.note(CHOOSE), apply_default_css=False, js_on_load=CARD_SCRIPT)
         name = gr.State("")  # of the adapter that is shown
         with gr.Column(visible=False) as actions:
@@ -44,6 +52,7 @@ class LibraryTab(PageTab):
             changes: list[Dependency] = []
             if may_train(self.service.config):
                 changes = [self._build_rename(name), self._build_remove(name, [card, actions])]
+                self._build_export(name)
                 self._build_push(name)
             else:
                 gr.HTML(html.note(OFF), apply_default_css=False)
@@ -60,7 +69,7 @@ class LibraryTab(PageTab):
                 show_progress="minimal",
                 api_visibility="private",
             )
-        for event in changes:
+        for event in [*changes, *([added] if added else [])]:
             event.then(self.library, None, table, show_progress="hidden", api_visibility="private")
         if changes:
             changes[0].then(self.show, name, shown, show_progress="hidden", api_visibility="private")
@@ -71,6 +80,38 @@ class LibraryTab(PageTab):
         result = gr.HTML(apply_default_css=False)
         self.cleared[result] = gr.update(value="")
         return result
+
+    def _build_upload(self) -> Dependency:
+        with gr.Accordion("Upload an adapter", open=False):
+            drop = gr.HTML(drop_zone(), apply_default_css=False, js_on_load=train_html.UPLOAD_SCRIPT)
+            upload = gr.State("")
+            with gr.Row():
+                new = gr.Textbox(label="Name", info="Left blank: that of the zip file.", max_lines=1)
+            add = gr.Button("Add to the library", scale=0, min_width=140)
+            result = gr.HTML(apply_default_css=False)
+        drop.upload(
+            self.receive, upload, [drop, upload, result], show_progress="hidden", api_visibility="private"
+        )
+        added: Dependency = on([add.click, new.submit], self.adopt, [upload, new], [result, drop, upload, new])
+        return added
+
+    def _build_export(self, name: gr.State) -> None:
+        with gr.Accordion("Export", open=False):
+            with gr.Row():
+                formats = gr.Dropdown([*FORMATS], value=next(iter(FORMATS)), label="Format", scale=2)
+                precision = gr.Dropdown(
+                    [*PRECISIONS],
+                    value=PRECISIONS[0],
+                    label="Precision",
+                    info="Of a whole model. A quantized one is measured.",
+                    scale=1,
+                )
+            with gr.Row():
+                check = gr.Button("Check", scale=0, min_width=140)
+                start, stop = buttons("Export")
+            result = self._result()
+        on([check.click, formats.input], self.check_export, [name, formats], result)
+        connect_stop(on(start.click, self.export, [name, formats, precision], result), stop, result)
 
     def _build_verify(self, name: gr.State) -> None:
         verify = gr.Button("Verify", scale=0, min_width=140)
@@ -166,6 +207,50 @@ class LibraryTab(PageTab):
         except OSError as error:
             return False, self.failure(LoraTunerError(os_error_message(error)))
 
+    async def receive(self, upload: str, event: gr.EventData) -> tuple[Any, ...]:
+        """Show the files that were uploaded, or why they were not."""
+        new = str(getattr(event, "id", ""))
+        files = [
+            path.name
+            for path in await self.service.run_in_thread("library", partial(self.actions.uploads.files, new))
+        ]
+        if not files:
+            problem = str(getattr(event, "problem", "")) or "No file was uploaded."
+            return drop_zone(problem=problem), upload, ""
+        return drop_zone(files), new, ""
+
+    async def adopt(self, upload: str, name: str) -> tuple[Any, ...]:
+        """Add what was uploaded to the library."""
+        adopt = partial(self.actions.adopt, upload, str(name or "").strip())
+        added, result = await self._attempt(adopt)
+        return (result, drop_zone(), "", "") if added else (result, gr.skip(), gr.skip(), gr.skip())
+
+    async def check_export(self, name: str, label: str) -> str:
+        """Show whether an adapter can be exported to a format, and notes on it."""
+        try:
+            problems, notes = await self.service.run_in_thread(
+                "library", lambda: self.exports.verdict(name, label)
+            )
+        except (LoraTunerError, OSError) as error:
+            return self.failure(error)
+        hide = self.service.hide_paths
+        verdict = html.status(f"Nothing stands against {label}.")
+        if problems:
+            verdict = html.failure(hide(f"Not possible: {'; '.join(problems)}."))
+        return verdict + library_html.bullets([hide(note) for note in notes])
+
+    async def export(self, name: str, label: str, precision: str) -> AsyncGenerator[str, None]:
+        """Export an adapter, and offer the result as a download."""
+        try:
+            async with contextlib.aclosing(self.exports.export(name, label, precision)) as updates:
+                async for update in updates:
+                    if isinstance(update, Export):
+                        yield library_html.download(update.href, update.title)
+                    else:
+                        yield train_html.busy(self.service.hide_paths(update))
+        except (LoraTunerError, OSError) as error:
+            yield self.failure(error)
+
     async def verify(self, name: str) -> str:
         """Compare an adapter with its manifest."""
         return (await self._attempt(partial(self.actions.verify, name)))[1]
@@ -198,6 +283,18 @@ class LibraryTab(PageTab):
         """Push an adapter to the Hub."""
         push = partial(self.actions.push, name, str(repo or "").strip(), bool(private))
         return (await self._attempt(push, "push"))[1], gr.update(interactive=False)
+
+
+def drop_zone(files: Sequence[str] = (), problem: str = "") -> str:
+    """Show where the files of an adapter are dropped."""
+    return train_html.drop_zone(
+        MAX_FILE_BYTES,
+        files,
+        problem,
+        label="Files of an adapter",
+        hint="A zip file, or adapter_config.json, adapter_model.safetensors and what is beside them.",
+        path="uploads/adapter",
+    )
 
 
 def _question(text: str, asked: bool = False) -> tuple[Any, ...]:

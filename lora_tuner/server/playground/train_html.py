@@ -25,6 +25,7 @@ from .commands import Json
 
 MAX_TEXT = 2_000  # characters of a row that are shown
 _MAX_BARS = 24
+DATA_HINT = "csv, tsv, json, jsonl, txt, md, html, docx, xlsx, parquet and more; several files are one data set."
 LINE_BREAK = "\u21b5\n"
 
 # Sends the files to `uploads`, one after another, and then tells the page the number of the upload.
@@ -52,7 +53,8 @@ const sendAll = async files => {
     try {
         for (const [index, file] of files.entries()) {
             const done = files.length > 1 ? `${index + 1} of ${files.length}, ` : "";
-            await send(`uploads/${id}/${encodeURIComponent(file.name)}`, file, done);
+            const path = element.querySelector("[data-path]").dataset.path;
+            await send(`${path}/${id}/${encodeURIComponent(file.name)}`, file, done);
         }
         trigger("upload", {id, problem: ""});
     } catch (problem) { trigger("upload", {id: "", problem: String(problem)}) }
@@ -68,15 +70,25 @@ element.addEventListener("drop", event => {
 """
 
 
-def drop_zone(limit: int, files: Sequence[str] = (), problem: str = "") -> Markup:
-    """Show where files are dropped, and those of the last upload or why there is none."""
+def drop_zone(
+    limit: int,
+    files: Sequence[str] = (),
+    problem: str = "",
+    *,
+    label: str = "Files to train on",
+    hint: str = DATA_HINT,
+    path: str = "uploads",
+) -> Markup:
+    """Show where files are dropped, and those of the last upload or why there is none.
+
+    They are sent to a path of `uploads`.
+    """
     text = f"Uploaded: {', '.join(files)}." if files else ""
     return Markup(
-        '<div class="drop" data-limit="{}"><label>Drop files here, or choose them '
-        '<input type="file" multiple aria-label="Files to train on"></label>'
-        '<p class="note">csv, tsv, json, jsonl, txt, md, html, docx, xlsx, parquet and more; several files are one data set.</p>'
-        '<p class="note" role="status">{}</p>{}</div>'
-    ).format(limit, text, html.failure(problem) if problem else "")
+        '<div class="drop" data-limit="{}" data-path="{}"><label>Drop files here, or choose them '
+        '<input type="file" multiple aria-label="{}"></label>'
+        '<p class="note">{}</p><p class="note" role="status">{}</p>{}</div>'
+    ).format(limit, path, label, hint, text, html.failure(problem) if problem else "")
 
 
 def heading(text: str) -> Markup:

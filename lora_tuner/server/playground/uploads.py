@@ -1,5 +1,7 @@
 """Files that visitors upload: `PUT /uploads/ID/NAME`, streamed to `runs_dir/.uploads/ID/upload/NAME`.
 
+Those of an adapter are sent to `/uploads/adapter/ID/NAME`; `library_actions` adds them to the library.
+
 A browser lets pages of other sites send no PUT. Uploads that no run reads are removed after a day.
 """
 
@@ -17,6 +19,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope
 
 from ... import atomic_io
+from ...adapters.adapter import WEIGHTS_FILE
+from ...adapters.archive import UPLOADED_FILES
 from ...config import ServerConfig
 from ...text import CODE_EXTENSIONS, DATA_EXTENSIONS, data_extension, format_bytes
 from ..middleware import MAX_SECONDS, UPLOAD_PATH, is_loopback
@@ -59,11 +63,20 @@ class Uploads:
 
     def dataset(self, upload: str) -> Path | None:
         """Return the only file of an upload, or its folder; None if there is no such upload."""
+        files = self.files(upload)
+        return files[0] if len(files) == 1 else files[0].parent if files else None
+
+    def files(self, upload: str) -> list[Path]:
+        """Return the files of an upload; none if there is no such upload."""
         folder = self.folder / upload / _FOLDER
         if not _ID.fullmatch(upload) or not folder.is_dir():
-            return None
-        files = [path for path in folder.iterdir() if not path.name.startswith(".")]
-        return files[0] if len(files) == 1 else folder if files else None
+            return []
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+    def remove(self, upload: str) -> None:
+        """Remove an upload that has been read."""
+        if _ID.fullmatch(upload):
+            atomic_io.delete(self.folder / upload)
 
     async def respond(self, scope: Scope, receive: Receive) -> Response:
         """Store the body of a request, in a thread, and return the response to it."""
@@ -88,7 +101,13 @@ class Uploads:
         if match is None or not _ID.fullmatch(match["id"]):
             raise RefusedUploadError(404, "There is nothing at this path.")
         name = safe_name(match["name"])
-        if data_extension(Path(name)) not in DATA_EXTENSIONS + CODE_EXTENSIONS:
+        if match["adapter"]:
+            if name not in UPLOADED_FILES and Path(name).suffix.lower() != ".zip":
+                raise RefusedUploadError(
+                    415,
+                    f"{name} is no file of an adapter: choose a zip file, or {WEIGHTS_FILE} and what is beside it.",
+                )
+        elif data_extension(Path(name)) not in DATA_EXTENSIONS + CODE_EXTENSIONS:
             kinds = ", ".join(extension.lstrip(".") for extension in DATA_EXTENSIONS)
             raise RefusedUploadError(415, f"{name} cannot be trained on: choose {kinds}, or program code.")
         return match["id"], name

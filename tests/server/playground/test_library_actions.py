@@ -1,16 +1,27 @@
 """What visitors may do with adapters of the library, and the sentences that refuse it."""
 
+import asyncio
+import contextlib
+import json
+import os
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 
-from lora_tuner.adapters.adapter import MANIFEST_FILE, WEIGHTS_FILE, load_adapter_folder
+from lora_tuner.adapters.adapter import MANIFEST_FILE, WEIGHTS_FILE, load_adapter_folder, verify_adapter
 from lora_tuner.errors import LoraTunerError
+from lora_tuner.server.playground.commands import CommandRunner
+from lora_tuner.server.playground.exports import FORMATS, Exports
 from lora_tuner.server.playground.library_actions import FIXED, NO_TOKEN, OFF, LibraryActions
 
+from ... import adapter_files
 from ...api_server import GREEDY, KEY, serving, write_adapter
 from ...hub_server import Hub
+from .browser import run_async
+
+ID = "0123456789abcdef" * 2
 
 GONE = "{} is no longer in the library: it was renamed or removed."
 
@@ -23,7 +34,8 @@ def adapters(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(base, adapters):
-    with serving(base, adapters, max_tokens=200) as served:
+    runs_dir = adapters.with_name("runs-of-library")
+    with serving(base, adapters, max_tokens=200, runs_dir=runs_dir, page=True) as served:
         yield served
 
 
@@ -222,3 +234,182 @@ def test_push_needs_token_of_server(actions, monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     assert actions.why_no_push() == NO_TOKEN
     assert refusal(actions.check_push, "a", "owner/a", True) == NO_TOKEN
+
+
+# Uploads
+
+
+@pytest.fixture
+def upload(actions):
+    """Return a function that stores files as if they were uploaded, and returns the number of the upload."""
+
+    def upload(**files):
+        folder = actions.uploads.folder / ID / "upload"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for name, content in files.items():
+            (folder / name.replace("__", ".")).write_bytes(content)
+        return ID
+
+    return upload
+
+
+def files_of(folder):
+    return {path.name.replace(".", "__"): path.read_bytes() for path in folder.iterdir()}
+
+
+def test_downloaded_adapter_is_uploaded_again(served, actions, library, upload):
+    content = served.get("/downloads/adapters/a.zip").content
+    added = actions.adopt(upload(**{"my poems__zip": content}), "")
+    assert added.startswith("my-poems is in the library. my-poems fits")
+    adapter = load_adapter_folder(library / "my-poems")
+    assert verify_adapter(adapter) == []
+    original = load_adapter_folder(library / "a")
+    assert adapter.manifest.base == served.service.base.info(with_template=False)
+    assert (adapter.manifest.data, adapter.manifest.run) == (None, None)  # of a stranger
+    assert adapter.sha256 == original.sha256
+    assert not (actions.uploads.folder / ID).exists()
+    texts = [
+        served.post("/v1/completions", model=name, **GREEDY).json()["choices"][0]["text"]
+        for name in ("a", "my-poems")
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_uploaded_files_of_stranger_are_adopted(actions, library, upload):
+    files = files_of(library / "a")
+    del files["manifest__json"]
+    config = json.loads(files["adapter_config__json"]) | {"base_model_name_or_path": "/etc"}
+    files |= {"adapter_config__json": json.dumps(config).encode(), "README__md": b"# mine", "notes__txt": b"x"}
+    assert refusal(actions.adopt, upload(**files), "") == "Give the adapter a name."
+    added = actions.adopt(upload(**files), "foreign")
+    assert added.endswith("Left out: notes.txt.")
+    assert load_adapter_folder(library / "foreign").manifest.base.name == actions.service.base.files.name
+    assert sorted(files_of(library / "foreign")) == [
+        "README__md", "adapter_config__json", "adapter_model__safetensors", "manifest__json",
+    ]  # fmt: skip
+
+
+def test_uploads_that_are_no_adapter_are_refused(actions, library, upload, gpt2, tmp_path):
+    good = files_of(library / "a")
+    assert "Choose a zip file" in refusal(actions.adopt, "f" * 32, "c")
+    assert "Choose a zip file" in refusal(actions.adopt, "../uploads", "c")
+    assert "There is an adapter b" in refusal(actions.adopt, upload(**good), "b")
+    assert "not a valid adapter name" in refusal(actions.adopt, upload(**good), "../c")
+    assert "is no zip archive" in refusal(actions.adopt, upload(a__zip=b"PK"), "c")
+    assert "one zip file alone" in refusal(actions.adopt, upload(a__zip=b"PK", **good), "c")
+    empty = good | {"adapter_model__safetensors": b""}
+    assert "it is cut off, or no safetensors file" in refusal(actions.adopt, upload(**empty), "c")
+    other = json.loads(good["manifest__json"])
+    other["base"] |= {"name": "/home/me/other", "fingerprint": "ab" * 32}
+    wrong = good | {"manifest__json": json.dumps(other).encode()}
+    assert refusal(actions.adopt, upload(**wrong), "c").startswith(
+        "c was trained on other, or with another tokenizer"
+    )
+    misfit = files_of(adapter_files.write(tmp_path / "misfit"))
+    message = refusal(actions.adopt, upload(**misfit), "c")
+    assert "does not fit the base" in actions.service.hide_paths(message)
+    assert sorted(path.name for path in library.iterdir()) == ["a", "b"]
+    assert [path.name for path in actions.uploads.folder.iterdir()] == [ID]
+
+
+# Exports
+
+
+class Command:
+    """Stands for the process: reports, and writes a file; `waits` at the end."""
+
+    def __init__(self, waits=False):
+        self.arguments, self.waits = [], waits
+
+    async def run(self, *arguments):
+        self.arguments.append(arguments)
+        yield "halfway"
+        Path(arguments[arguments.index("--out") + 1]).write_bytes(b"GGUF")
+        if self.waits:
+            await asyncio.sleep(60)
+        yield {"path": "x"}
+
+
+def export(actions, label, command, precision="float16", most=10):
+    """Return what an export yields."""
+
+    async def collect():
+        updates = []
+        async with contextlib.aclosing(Exports(actions, command).export("a", label, precision)) as exporting:
+            async for update in exporting:
+                updates.append(update)
+                if len(updates) == most:
+                    break
+        return updates
+
+    return run_async(collect())
+
+
+def label_of(tool):
+    return next(label for label, (name, _) in FORMATS.items() if name == tool)
+
+
+def test_export_becomes_download(served, actions, library):
+    command = Command()
+    *progress, made = export(actions, label_of("gguf"), command)
+    assert progress == ["Checking ...", "halfway"]
+    assert made.title == "a.gguf, 4 bytes"
+    (arguments,) = command.arguments
+    assert arguments[:4] == ("export", str(library / "a"), "--to", "gguf")
+    response = served.get(f"/{made.href}")
+    assert (response.status_code, response.content) == (200, b"GGUF")
+    assert 'filename="a.gguf"' in response.headers["content-disposition"]
+    for name in ("f" * 32, "..", "x"):
+        assert served.get(f"/downloads/exports/{name}").status_code == 404
+
+
+def test_whole_model_is_quantized(actions, library):
+    command = Command()
+    export(actions, label_of("ollama"), command, "q8_0")
+    export(actions, label_of("gguf-merged"), command)
+    assert command.arguments[0][-2:] == ("--quantize", "q8_0")
+    assert command.arguments[1][-1] == "--merged"
+    assert "--quantize" not in command.arguments[1]
+
+
+def test_adapter_as_it_is_needs_no_process(actions, library):
+    command = Command()
+    *_, made = export(actions, label_of("peft"), command)
+    assert (made.href, command.arguments) == ("downloads/adapters/a.zip", [])
+
+
+def test_export_refusal_is_that_of_check(actions, library, base):
+    shutil.rmtree(library / "a")
+    modules = {"transformer.h.0.attn.c_attn": (32, 96)}
+    adapter_files.write_random(library / "a", base, modules, use_dora=True, fan_in_fan_out=True)
+    errors, _ = Exports(actions, Command()).verdict("a", label_of("gguf"))
+    assert errors
+    command = Command()
+    with pytest.raises(LoraTunerError, match="DoRA"):
+        export(actions, label_of("gguf"), command)
+    with pytest.raises(LoraTunerError, match="format of the list"):
+        export(actions, "--to=gguf", command)
+    assert command.arguments == []
+
+
+def test_stopped_export_leaves_nothing(actions, library):
+    shutil.rmtree(actions.service.config.runs_dir / ".exports", ignore_errors=True)
+    export(actions, label_of("gguf"), Command(waits=True), most=2)
+    assert list((actions.service.config.runs_dir / ".exports").iterdir()) == []
+
+
+def test_old_exports_are_removed(actions, library):
+    folder = actions.service.config.runs_dir / ".exports"
+    export(actions, label_of("gguf"), Command())
+    for path in folder.iterdir():
+        os.utime(path, (0, 0))
+    *_, made = export(actions, label_of("gguf"), Command())
+    assert [path.name for path in folder.iterdir()] == [made.href.rpartition("/")[2]]
+
+
+@pytest.mark.slow
+def test_exported_adapter_loads(actions, library):
+    *_, made = export(actions, label_of("gguf"), CommandRunner())
+    path = Exports(actions, CommandRunner()).find(made.href.rpartition("/")[2])
+    assert path.read_bytes()[:4] == b"GGUF"

@@ -126,3 +126,35 @@ def test_card_without_plots_gives_reasons(visit, adapters, tmp_path):
         assert card.locator("pre").text_content() == "This adapter has no model card."
     finally:
         shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_adapter_is_uploaded_renamed_removed(visit, served, adapters, tmp_path):
+    (tmp_path / "mine.zip").write_bytes(served.get("/downloads/adapters/noir.zip").content)
+    page = visit()
+    open_tab(page, "Library")
+    page.get_by_role("button", name="Upload an adapter").click()
+    page.get_by_label("Files of an adapter").set_input_files(tmp_path / "mine.zip")
+    expect(page.get_by_text("Uploaded: mine.zip.")).to_be_visible()
+    page.get_by_role("button", name="Add to the library").click()
+    expect(page.get_by_text("mine is in the library.")).to_be_visible()
+    page.get_by_role("button", name="mine", exact=True).click()
+    card = page.locator(".card")
+    expect(card.get_by_role("heading", level=2)).to_have_text("mine")
+    page.get_by_role("button", name="Verify").click()
+    expect(page.get_by_text("mine is intact")).to_be_visible()
+    page.get_by_role("button", name=re.compile("^Rename")).first.click()
+    page.get_by_label("New name").fill("noir")
+    page.get_by_label("New name").press("Enter")
+    expect(page.get_by_role("alert")).to_have_text("There is an adapter noir: choose another name.")
+    page.get_by_label("New name").fill("ours")
+    page.get_by_label("New name").press("Enter")
+    expect(card.get_by_role("heading", level=2)).to_have_text("ours")
+    expect(page.get_by_role("button", name="ours", exact=True)).to_be_visible()
+    page.get_by_role("button", name=re.compile("^Remove")).first.click()
+    page.get_by_role("button", name="Remove ...").click()
+    expect(page.get_by_text("This deletes ours for ever")).to_be_visible()
+    page.get_by_role("button", name="Remove for ever").click()
+    expect(page.get_by_text("ours was removed.")).to_be_visible()
+    expect(page.get_by_role("button", name="ours", exact=True)).to_have_count(0)
+    assert not (adapters / "ours").exists()

@@ -150,3 +150,16 @@ def test_upload_needs_key(gpt2, adapters, tmp_path):
         assert client.put(path, content=b"x" * 300_000).status_code == 201
         assert client.options(path, headers={"Origin": "http://elsewhere.example"}).status_code == 405
     assert (tmp_path / "runs/.uploads" / ID / "upload/a.csv").stat().st_size == 300_000
+
+
+def test_adapters_have_files_of_their_own(store):
+    upload = f"adapter/{ID}"
+    assert put(store, "a.zip", upload=upload).status_code == 201
+    assert put(store, "adapter_model.safetensors", upload=upload).status_code == 201
+    assert [path.name for path in store.files(ID)] == ["a.zip", "adapter_model.safetensors"]
+    for name in ("a.csv", "a.py", "model.safetensors", "run.yaml"):
+        assert "is no file of an adapter" in message_of(put(store, name, upload=upload), 415)
+    assert message_of(put(store, "a.zip"), 415).startswith("a.zip cannot be trained on")
+    store.remove("../..")
+    store.remove(ID)
+    assert store.files(ID) == []
