@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LibraryActions:
-    """What visitors may do with adapters. All methods block."""
+    """Checks and changes of adapters, for visitors. All methods block."""
 
     service: ModelService
 

@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 from gradio.events import Dependency
@@ -36,7 +35,7 @@ class LibraryTab(PageTab):
         return Exports(self.actions, CommandRunner())
 
     @cached_property
-    def cleared(self) -> dict[gr.components.Component, dict[str, Any]]:
+    def cleared(self) -> dict[gr.components.Component, dict[str, object]]:
         """Results of what was done, and how each is cleared when another adapter is shown."""
         return {}
 
@@ -162,12 +161,12 @@ class LibraryTab(PageTab):
         """Show all adapters."""
         return await self.service.run_in_thread("list", lambda: library_html.library(self.adapters()))
 
-    async def open(self, event: gr.EventData) -> AsyncGenerator[tuple[Any, ...], None]:
+    async def open(self, event: gr.EventData) -> AsyncGenerator[tuple[object, ...], None]:
         """Show the adapter whose name was clicked, without results of what was done with another."""
         async for shown in self.show(str(event.name)):
             yield *shown, *self.cleared.values()
 
-    async def show(self, name: str) -> AsyncGenerator[tuple[Any, ...], None]:
+    async def show(self, name: str) -> AsyncGenerator[tuple[object, ...], None]:
         """Show an adapter: its card at once, then its spectrum."""
         models = await self.service.run_in_thread("list", self.adapters)
         model = next((model for model in models if model.id == name), None)
@@ -207,7 +206,7 @@ class LibraryTab(PageTab):
         except OSError as error:
             return False, self.failure(LoraTunerError(os_error_message(error)))
 
-    async def receive(self, upload: str, event: gr.EventData) -> tuple[Any, ...]:
+    async def receive(self, upload: str, event: gr.EventData) -> tuple[object, ...]:
         """Show the files that were uploaded, or why they were not."""
         new = str(getattr(event, "id", ""))
         files = [
@@ -219,7 +218,7 @@ class LibraryTab(PageTab):
             return drop_zone(problem=problem), upload, ""
         return drop_zone(files), new, ""
 
-    async def adopt(self, upload: str, name: str) -> tuple[Any, ...]:
+    async def adopt(self, upload: str, name: str) -> tuple[object, ...]:
         """Add what was uploaded to the library."""
         adopt = partial(self.actions.adopt, upload, str(name or "").strip())
         added, result = await self._attempt(adopt)
@@ -255,31 +254,31 @@ class LibraryTab(PageTab):
         """Compare an adapter with its manifest."""
         return (await self._attempt(partial(self.actions.verify, name)))[1]
 
-    async def rename(self, name: str, new: str) -> tuple[Any, ...]:
+    async def rename(self, name: str, new: str) -> tuple[object, ...]:
         """Rename an adapter."""
         new = str(new or "").strip()
         renamed, result = await self._attempt(partial(self.actions.rename, name, new))
         return (result, new, "") if renamed else (result, name, gr.skip())
 
-    async def ask_removal(self, name: str) -> tuple[Any, ...]:
+    async def ask_removal(self, name: str) -> tuple[object, ...]:
         """Name what is lost, and ask."""
         asked, question = await self._attempt(partial(self.actions.describe_loss, name))
         return _question(question, asked)
 
-    async def remove(self, name: str) -> tuple[Any, ...]:
+    async def remove(self, name: str) -> tuple[object, ...]:
         """Remove an adapter, and show that in place of its card."""
         removed, result = await self._attempt(partial(self.actions.remove, name))
         if not removed:
             return *_question(result), name, gr.skip(), gr.skip()
         return *_question(""), "", result, gr.update(visible=False)
 
-    async def check_push(self, name: str, repo: str, private: bool) -> tuple[Any, ...]:
+    async def check_push(self, name: str, repo: str, private: bool) -> tuple[object, ...]:
         """Ask the Hub for the right to write, and allow pushing if it is given."""
         check = partial(self.actions.check_push, name, str(repo or "").strip(), bool(private))
         allowed, result = await self._attempt(check, "push")
         return result, gr.update(interactive=allowed)
 
-    async def push(self, name: str, repo: str, private: bool) -> tuple[Any, ...]:
+    async def push(self, name: str, repo: str, private: bool) -> tuple[object, ...]:
         """Push an adapter to the Hub."""
         push = partial(self.actions.push, name, str(repo or "").strip(), bool(private))
         return (await self._attempt(push, "push"))[1], gr.update(interactive=False)
@@ -297,6 +296,6 @@ def drop_zone(files: Sequence[str] = (), problem: str = "") -> str:
     )
 
 
-def _question(text: str, asked: bool = False) -> tuple[Any, ...]:
+def _question(text: str, asked: bool = False) -> tuple[object, ...]:
     """Return what the question of a removal shows; without one there are no buttons."""
     return text, gr.update(visible=asked), gr.update(visible=asked)
