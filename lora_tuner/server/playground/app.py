@@ -72,6 +72,8 @@ def mount(app: FastAPI, service: ModelService, api_key: str | None) -> FastAPI:
             body_text_color_subdued_dark="*neutral_400",
             block_info_text_color="*neutral_600",
             block_info_text_color_dark="*neutral_400",
+            input_placeholder_color="*neutral_500",  # it names defaults
+            input_placeholder_color_dark="*neutral_400",
         ),
     )
     (page,) = (route for route in app.routes if isinstance(route, Mount) and route.path == "")

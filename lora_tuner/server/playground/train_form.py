@@ -113,7 +113,7 @@ def control(name: str, adapters: Sequence[str] = ()) -> Control:
 
 
 def hub_control() -> gr.Textbox:
-    label = "Or a data set of the Hugging Face Hub"
+    label = "Or a dataset of the Hugging Face Hub"
     return gr.Textbox(label=label, info=help_of("dataset"), placeholder="stanfordnlp/imdb")
 
 
@@ -137,13 +137,13 @@ def error_updates(problems: Mapping[str, str], shown: set[str]) -> list[object]:
 
 
 def hub_dataset(text: str) -> str:
-    """Return a typed data set, if it is one of the Hub or built in. Raises ConfigError."""
+    """Return a typed dataset, if it is one of the Hub or built in. Raises ConfigError."""
     name = text.strip()
     is_path = os.path.lexists(os.path.expanduser(name)) and name != "imdb"
     is_file = data_extension(Path(name)) in DATA_EXTENSIONS + CODE_EXTENSIONS
     if is_path or is_file or not _HUB_ID.fullmatch(name):
         problem = (
-            "Give the id of a data set on the Hugging Face Hub, such as stanfordnlp/imdb: files are dropped above"
+            "Give the id of a dataset on the Hugging Face Hub, such as stanfordnlp/imdb: files are dropped above"
         )
         raise ConfigError(problem, {"dataset": problem})
     return name
@@ -173,7 +173,7 @@ def read_settings(values: Mapping[str, object], server: Mapping[str, object]) ->
 
 
 def free_name(dataset: Path | str, taken: Sequence[str]) -> str:
-    """Return the name that an adapter of a data set has by default, or one beside those taken."""
+    """Return the name that an adapter of a dataset has by default, or one beside those taken."""
     name, number = default_adapter_name(str(dataset)), 2
     while name in taken:
         name = f"{default_adapter_name(str(dataset))[:60]}-{number}"

@@ -25,7 +25,7 @@ from .commands import Json
 
 MAX_TEXT = 2_000  # characters of a row that are shown
 _MAX_BARS = 24
-DATA_HINT = "csv, tsv, json, jsonl, txt, md, html, docx, xlsx, parquet and more; several files are one data set."
+DATA_HINT = "csv, tsv, json, jsonl, txt, md, html, docx, xlsx, parquet and more; several files are one dataset."
 LINE_BREAK = "\u21b5\n"
 
 # Sends the files to `uploads`, one after another, and then tells the page the number of the upload.
@@ -166,7 +166,8 @@ def _lengths(lengths: Json, measured: int, total: int) -> Markup:
     )
     of = f"{measured:,} of {format_rows(total)}" if measured < total else format_rows(total)
     return Markup(
-        '<div class="wide" tabindex="0"><table class="bars"><caption>Length in {} of {}</caption>'
+        '<div class="wide" tabindex="0" role="region" aria-label="Lengths"><table class="bars">'
+        "<caption>Length in {} of {}</caption>"
         "<tbody>{}</tbody></table></div>{}"
     ).format(lengths["unit"], of, bars, html.note(f"{figures} {_cuts(lengths, measured)}"))
 
@@ -329,7 +330,8 @@ def samples(shown: Sequence[Sample]) -> Markup:
         for name, texts in lines
     )
     return Markup(
-        '<div class="wide" tabindex="0"><table class="samples"><caption>The same prompts, continued with one seed</caption>'
+        '<div class="wide" tabindex="0" role="region" aria-label="Samples"><table class="samples">'
+        "<caption>The same prompts, continued with one seed</caption>"
         '<thead><tr><th scope="col">prompt</th>{}</tr></thead><tbody>{}</tbody></table></div>'
     ).format(head, body)
 

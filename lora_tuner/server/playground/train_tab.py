@@ -86,7 +86,7 @@ class TrainTab(PageTab):
         )
         upload = gr.State("")
         controls: dict[str, train_form.Control] = {"dataset": train_form.hub_control()}
-        with gr.Row(elem_classes="form-grid"):
+        with gr.Row(elem_classes=["form-grid", "few"]):
             for name in train_form.FIRST:
                 controls[name] = train_form.control(name)
         with gr.Accordion("All settings", open=False):

@@ -34,7 +34,7 @@ KEPT_SECONDS = 24 * 3600
 MAX_NAME_CHARS = 100
 OFF = "Training and uploads are off: start the server with --allow-training."
 _ID = re.compile("[0-9a-f]{32}")
-_FOLDER = "upload"  # so that several files are a data set of that name
+_FOLDER = "upload"  # so that several files are a dataset of that name
 _CLOSE = {"Connection": "close"}  # the rest of the request stays unread
 
 

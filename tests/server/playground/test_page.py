@@ -52,7 +52,7 @@ def test_hostile_text_is_escaped(visit):
 @pytest.mark.slow
 def test_page_works_by_keyboard(visit):
     page = visit()
-    assert tab_to(page, "Prompt")[0] == "Write"  # the tab
+    assert tab_to(page, "Prompt")[0] == "Train"  # the first tab
     page.keyboard.type(PROMPT)
     page.keyboard.press("Enter")
     wait_for_outputs(page)
@@ -78,7 +78,7 @@ def test_page_works_by_keyboard(visit):
 
 @pytest.mark.slow
 def test_every_control_has_a_name(page):
-    for name in ("Write", "Chat", "Blend", "Library", "Gains", "Sweeps"):
+    for name in ("Train", "Write", "Chat", "Blend", "Library", "Gains", "Sweeps"):
         open_tab(page, name)
         nameless = page.locator("button:visible, input:visible, textarea:visible, select:visible").evaluate_all(
             """controls => controls.filter(control => !(control.getAttribute('aria-label') || control.title
@@ -116,6 +116,19 @@ def fill_tabs(page):
     open_tab(page, "Sweeps")
     page.get_by_role("img", name=re.compile("^Held-out loss of the trials")).wait_for()
     yield "sweeps"
+    open_tab(page, "Train")
+    rows = "".join(f"{PROMPT} {number} drags on\n" for number in range(40))
+    file = {"name": "rows.csv", "mimeType": "text/csv", "buffer": f"text\n{rows}".encode()}
+    page.get_by_label("Files to train on").set_input_files(file)
+    page.get_by_text("Uploaded: rows.csv.").wait_for()
+    page.get_by_role("button", name="Preview").click()
+    page.locator("iframe.report").wait_for(timeout=60_000)
+    page.get_by_role("textbox", name="Rank").fill("0")
+    page.get_by_role("button", name="Train", exact=True).click()
+    page.get_by_text("Not started: see Rank.").wait_for()
+    page.get_by_role("button", name="All settings").click()
+    page.get_by_label("Max steps").wait_for()
+    yield "train"
 
 
 @pytest.mark.slow

@@ -119,12 +119,12 @@ def test_run_has_typed_settings_only(tab, upload, started, served):
 @pytest.mark.parametrize(
     ("typed", "field", "text"),
     [
-        ({}, "dataset", "Give the id of a data set"),
-        ({"dataset": "/etc/passwd"}, "dataset", "Give the id of a data set"),
-        ({"dataset": "../rows.csv"}, "dataset", "Give the id of a data set"),
-        ({"dataset": "rows.csv"}, "dataset", "Give the id of a data set"),
-        ({"dataset": "runs"}, "dataset", "Give the id of a data set"),
-        ({"dataset": "--config"}, "dataset", "Give the id of a data set"),
+        ({}, "dataset", "Give the id of a dataset"),
+        ({"dataset": "/etc/passwd"}, "dataset", "Give the id of a dataset"),
+        ({"dataset": "../rows.csv"}, "dataset", "Give the id of a dataset"),
+        ({"dataset": "rows.csv"}, "dataset", "Give the id of a dataset"),
+        ({"dataset": "runs"}, "dataset", "Give the id of a dataset"),
+        ({"dataset": "--config"}, "dataset", "Give the id of a dataset"),
         ({"dataset": "imdb", "rank": "0"}, "rank", "Input should be greater than or equal to 1 (got '0')."),
         ({"dataset": "imdb", "epochs": "1", "minutes": "2"}, "minutes", "Epochs and minutes contradict each other"),
         ({"dataset": "imdb", "streaming": True, "max_rows": "9"}, "streaming", "cannot sample Max rows from all"),
