@@ -76,6 +76,9 @@ def run_lock(runs_dir: Path, name: str) -> Iterator[None]:
             f"Another process is training '{name}': choose another --name, or wait for it."
         ) from error
     try:
+        live = tickets.live_tickets(runs_dir)
+        if any(ticket.name == name and ticket.pid != os.getpid() for ticket in live):
+            raise tickets.already_there(name, runs_dir)
         if os.environ.get(JOB_VARIABLE) != name:
             forget_job(runs_dir, name)  # of a run of this name before
         with tickets.ticket(runs_dir, name):

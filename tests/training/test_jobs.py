@@ -120,6 +120,17 @@ def test_run_of_a_name_waits_once():
     assert list(RUNS.iterdir()) == []
 
 
+def test_run_that_waits_is_not_overtaken():
+    RUNS.mkdir()
+    with FileLock(RUNS / ".1-1-0-poems.ticket.lora_tuner-new"):
+        with pytest.raises(TrainingError, match="'poems' is training or waiting"), run_lock(RUNS, "poems"):
+            pass
+        with run_lock(RUNS, "other"):
+            pass
+    with run_lock(RUNS, "poems"):
+        pass
+
+
 def test_terminal_run_is_paused_and_stopped(start_python):
     process = start_python(TRAINS)
     job = wait_for(lambda: next(iter(list_jobs(RUNS)), None))
