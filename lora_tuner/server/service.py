@@ -53,7 +53,8 @@ _FOLDER_PATHS = re.compile(
 
 
 # One thread for each. "encode" has prompts of at most `SHORT_PROMPT` characters or tokens; "find"
-# looks adapters up that are in memory, "load" reads them from disk; "library" reads and changes whole folders.
+# looks adapters up that are in memory, "load" reads them from disk; "library" shows and renames
+# their folders, "library-long" reads all of their bytes.
 Work = Literal[
     "list",
     "find",
@@ -68,6 +69,7 @@ Work = Literal[
     "feedback",
     "train",
     "library",
+    "library-long",
     "push",
 ]
 SHORT_PROMPT = 16_384

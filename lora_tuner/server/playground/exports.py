@@ -32,6 +32,7 @@ FORMATS: dict[str, tuple[Tool, str]] = {
 }
 PRECISIONS = ("float16", "q8_0", "q4_k_m")  # of whole models
 _ID = re.compile("[0-9a-f]{32}")
+_EXPORT = re.compile(r" ?\(?`python cli\.py export [^`]*`\)?( writes it$)?")
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,8 @@ class Exports:
         """Return what stands against an export, and notes on it. Raises AdapterError."""
         tool, _ = _format(label)
         report = self.actions.read(name, lambda adapter: check_export(adapter, tool))
-        # The page has a button for that.
-        notes = [note for note in report.notes if not note.startswith("`python cli.py export")]
-        return report.errors, notes
+        notes = [_EXPORT.sub("", note) for note in report.notes]  # the page has a button for that
+        return report.errors, [note for note in notes if note]
 
     async def export(self, name: str, label: str, precision: str) -> AsyncGenerator[str | Export, None]:
         """Yield the progress of an export, then the export. Closing the generator ends it.
@@ -78,7 +78,7 @@ class Exports:
         await run(self.actions.check_allowed)
         (tool, end), own = _format(label), Export(f"downloads/adapters/{name}.zip", f"{name}.zip")
         yield "Checking ..."
-        errors, _ = await run(partial(self.verdict, name, label))
+        errors, _ = await self.actions.service.run_in_thread("library-long", partial(self.verdict, name, label))
         if errors and tool != "vllm":  # whose export mends some of them
             raise AdapterError(f"{name}: {'; '.join(errors)}.")
         if tool == "peft" or (tool == "vllm" and not errors):

@@ -25,7 +25,7 @@ from . import charts, html, train_html
 MAX_CARD = 100_000  # characters of a model card
 MAX_RELATIVES = 100  # adapters in a lineage: a stranger's manifest may name any number
 COLUMNS = ("name", "gain", "held-out loss", "rank", "size", "data", "rows", "created")
-EMPTY = "No adapters yet. Train one, or upload one; it appears here once it is saved."
+EMPTY = "No adapters yet. Train one: it appears here once it is saved."
 
 
 @dataclass
@@ -100,7 +100,7 @@ def card(
     shown: dict[str, object] = {"name": model.id, "broken": broken, "readme": None}
     if adapter is not None:
         shown |= {
-            "facts": [(key, hide_paths(text)) for key, text in summary_rows(adapter)],
+            "facts": [(key, hide_paths(text.strip("`"))) for key, text in summary_rows(adapter)],
             "parents": _parents(adapter, models),
             "children": _children(adapter, models),
             "loss": or_reason(lambda: _loss_chart(adapter), hide_paths),
@@ -168,7 +168,12 @@ def _children(adapter: Adapter, models: Sequence[ServedModel]) -> list[Relative]
 def _loss_chart(adapter: Adapter) -> Markup:
     manifest = adapter.manifest
     if manifest is None or manifest.run is None:
-        raise AdapterError("No loss curve: this adapter was not trained by lora_tuner.")
+        origin = (
+            f"was made by `{manifest.made_by}`"
+            if manifest and manifest.made_by
+            else "was not trained by lora_tuner"
+        )
+        raise AdapterError(f"No loss curve: this adapter {origin}.")
     run, result = manifest.run, manifest.result
     metrics = plots.read_metrics(adapter.path / METRICS_FILE)
     if result and not any(entry["step"] == run.kept_step and "eval_loss" in entry for entry in metrics):

@@ -50,9 +50,9 @@ class LibraryTab(PageTab):
             self._build_verify(name)
             changes: list[Dependency] = []
             if may_train(self.service.config):
-                changes = [self._build_rename(name), self._build_remove(name, [card, actions])]
                 self._build_export(name)
                 self._build_push(name)
+                changes = [self._build_rename(name), self._build_remove(name, [card, actions])]
             else:
                 gr.HTML(html.note(OFF), apply_default_css=False)
         spectrum = gr.HTML(apply_default_css=False)
@@ -159,7 +159,10 @@ class LibraryTab(PageTab):
 
     async def library(self) -> str:
         """Show all adapters."""
-        return await self.service.run_in_thread("list", lambda: library_html.library(self.adapters()))
+        try:
+            return await self.service.run_in_thread("list", lambda: library_html.library(self.adapters()))
+        except (LoraTunerError, OSError) as error:
+            return self.failure(error)
 
     async def open(self, event: gr.EventData) -> AsyncGenerator[tuple[object, ...], None]:
         """Show the adapter whose name was clicked, without results of what was done with another."""
@@ -168,7 +171,11 @@ class LibraryTab(PageTab):
 
     async def show(self, name: str) -> AsyncGenerator[tuple[object, ...], None]:
         """Show an adapter: its card at once, then its spectrum."""
-        models = await self.service.run_in_thread("list", self.adapters)
+        try:
+            models = await self.service.run_in_thread("list", self.adapters)
+        except (LoraTunerError, OSError) as error:
+            yield "", self.failure(error), gr.update(visible=False), ""
+            return
         model = next((model for model in models if model.id == name), None)
         if model is None or model.path is None:
             yield "", html.failure(GONE.format(name)), gr.update(visible=False), ""
@@ -221,14 +228,14 @@ class LibraryTab(PageTab):
     async def adopt(self, upload: str, name: str) -> tuple[object, ...]:
         """Add what was uploaded to the library."""
         adopt = partial(self.actions.adopt, upload, str(name or "").strip())
-        added, result = await self._attempt(adopt)
+        added, result = await self._attempt(adopt, "library-long")
         return (result, drop_zone(), "", "") if added else (result, gr.skip(), gr.skip(), gr.skip())
 
     async def check_export(self, name: str, label: str) -> str:
         """Show whether an adapter can be exported to a format, and notes on it."""
         try:
             problems, notes = await self.service.run_in_thread(
-                "library", lambda: self.exports.verdict(name, label)
+                "library-long", lambda: self.exports.verdict(name, label)
             )
         except (LoraTunerError, OSError) as error:
             return self.failure(error)
@@ -252,7 +259,7 @@ class LibraryTab(PageTab):
 
     async def verify(self, name: str) -> str:
         """Compare an adapter with its manifest."""
-        return (await self._attempt(partial(self.actions.verify, name)))[1]
+        return (await self._attempt(partial(self.actions.verify, name), "library-long"))[1]
 
     async def rename(self, name: str, new: str) -> tuple[object, ...]:
         """Rename an adapter."""

@@ -373,6 +373,14 @@ def test_whole_model_is_quantized(actions, library):
     assert "--quantize" not in command.arguments[1]
 
 
+def test_verdict_names_no_export_command(actions, library):
+    errors, notes = Exports(actions, Command()).verdict("a", label_of("mlx"))
+    assert errors == []
+    assert notes
+    assert not any("cli.py export" in note for note in notes)
+    assert "mlx-lm loads a folder; untried on a Mac" in notes
+
+
 def test_adapter_as_it_is_needs_no_process(actions, library):
     command = Command()
     *_, made = export(actions, label_of("peft"), command)

@@ -1,5 +1,6 @@
 """The tab Library in a real browser."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -11,9 +12,10 @@ from playwright.sync_api import expect
 from safetensors.numpy import load_file
 
 from lora_tuner.adapters import adapter
+from lora_tuner.adapters.library import Library
 
 from ... import adapter_files
-from .browser import choose, open_tab, wait_for_outputs
+from .browser import choose, open_tab, run_async, wait_for_outputs
 
 
 def test_library_shows_adapters_and_cards(page, adapters, tmp_path):
@@ -158,3 +160,22 @@ def test_adapter_is_uploaded_renamed_removed(visit, served, adapters, tmp_path):
     expect(page.get_by_text("ours was removed.")).to_be_visible()
     expect(page.get_by_role("button", name="ours", exact=True)).to_have_count(0)
     assert not (adapters / "ours").exists()
+
+
+def test_unreadable_library_is_named(tmp_path, served, monkeypatch):
+    """A file in place of the folder: the tab says so, and the page stays."""
+    from lora_tuner.server.playground.library_tab import LibraryTab
+
+    (tmp_path / "adapters").write_text("no folder")
+    library = Library(tmp_path / "adapters")
+    monkeypatch.setattr(served.service.generator, "library", library)
+    tab = LibraryTab(served.service, None)
+    assert "adapters is not a folder" in run_async(tab.library())
+
+    async def first(updates):
+        async with contextlib.aclosing(updates):
+            return await anext(updates)
+
+    name, card, *_ = run_async(first(tab.show("noir")))
+    assert name == ""
+    assert "adapters is not a folder" in card
