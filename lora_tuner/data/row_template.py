@@ -16,6 +16,35 @@ _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _NO_NAME = re.compile(r"\d*|.*[.\[\]!:].*", re.DOTALL)  # positions, attributes, indices, formats
 
 
+def fill_question(template: str, answer: str | None, question: str) -> str | None:
+    """Return a template up to where the answer begins, with a question as its only other column.
+
+    Args:
+        template: the template, as it was given for the training.
+        answer: the column of the answer; None: the last one, whose text begins with the question if
+            there is no other.
+        question: what is asked; returned as it stands if it begins as the template does.
+
+    Returns None where several columns stand before the answer.
+    """
+    template = unescape(template)
+    columns = [match for match in _PIECE.finditer(template) if match[1]]
+    ends = [match for match in columns if match[1] == answer] or columns[-1:]
+    if not ends:
+        return None
+    before = template[: ends[0].start()]
+    asked = [match for match in columns if match.end() <= ends[0].start()]
+    start = _double_braces(template[: columns[0].start()])
+    if len({match[1] for match in asked}) > 1:
+        return None
+    if start and question.startswith(start.rstrip()):
+        return question
+    if not asked:
+        return _double_braces(before) + question
+    filled = _PIECE.sub(lambda match: question if match[1] else match[0][0], before)
+    return filled.rstrip(" ")  # the space belongs to the first token of the answer
+
+
 @dataclass(frozen=True)
 class RowTemplate:
     """A template with the columns of a table. `pieces` are texts, and names of columns.
@@ -48,7 +77,7 @@ def parse_template(table: Table, text: str, answer: str | None) -> RowTemplate:
         DataError: It is no template, or names a column that there is not.
     """
     columns = f"the columns of {table.source} are {format_names(table.columns)}"
-    text = re.sub(r"\\[nt\\]", lambda match: _ESCAPES[match[0]], text)
+    text = unescape(text)
     if chat.CHAT_MARK in text or GOES_ON in text:
         raise DataError("--template has a control character: remove it.")
     pieces: list[tuple[str, str]] = []
@@ -84,3 +113,12 @@ def parse_template(table: Table, text: str, answer: str | None) -> RowTemplate:
             f"--answer-column {answer} {place} --template: write {{{answer}}} once where the answer stands; {columns}."
         )
     return template
+
+
+def unescape(text: str) -> str:
+    r"""Return a text that was typed in one line, with the line breaks and tabs for its \n and \t."""
+    return re.sub(r"\\[nt\\]", lambda match: _ESCAPES[match[0]], text)
+
+
+def _double_braces(text: str) -> str:
+    return text.replace("{{", "{").replace("}}", "}")

@@ -13,6 +13,7 @@ from lora_tuner import TrainConfig, train
 from lora_tuner.adapters.adapter import RUN_FILE
 from lora_tuner.data import chat, packing, tokenization
 from lora_tuner.data.dataset import load_dataset
+from lora_tuner.data.row_template import fill_question
 from lora_tuner.data.rows import Source
 from lora_tuner.data.streaming import StreamingDataset
 from lora_tuner.settings_files import resolve_settings
@@ -392,3 +393,16 @@ def test_evaluate_reads_template_of_dataset(template_config):
     line = ["evaluate", "pairs", "--eval-dataset", "pairs.jsonl", "--json", "--template", TEMPLATE]
     both = [json.loads(run(*line, *more).stdout) for more in (["--answer-column", "answer"], [])]
     assert json.dumps(both[0]) != json.dumps(both[1])
+
+
+def test_question_is_filled_in():
+    both = r"Question: {question}\nAnswer: {answer}"
+    for template, answer, question, filled in (
+        (both, "answer", "Why?", "Question: Why?\nAnswer:"),
+        (both, None, "Question: Why?", "Question: Why?"),
+        ("Poem: {text}", None, "The sea", "Poem: The sea"),
+        ("{{x}} {q} -> {a}", "a", "Why?", "{x} Why? ->"),
+        ("{a} and {b}: {c}", "c", "Why?", None),
+        ("nothing", None, "Why?", None),
+    ):
+        assert fill_question(template, answer, question) == filled
