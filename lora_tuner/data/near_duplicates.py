@@ -45,6 +45,7 @@ _BATCH_CHARS, _BATCH_PAIRS = 1_000_000, 2_000_000
 _BUCKETS = 4_194_301  # a prime
 _HIGH_BITS = np.uint64(0xFFFFFFFF00000000)
 _REPORTED_ROWS = 20_000  # between two reports of progress
+_MANY_SHARE = 0.2  # of the training rows that are copies: why they are left out is said
 _MAX_CACHED_WORDS = 500_000
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U0001b000-\U0001b16f\U00020000-\U0003ffff]"
@@ -179,8 +180,11 @@ def find_copies(
         if len(train) > _REPORTED_ROWS:
             notify(Progress("looking for near copies", first + len(texts), len(train)))
     count, share = f"{len(copies):,}", f"({len(copies) / max(len(train), 1):.1%})"
+    why = ""
     if config.near_duplicates == "drop":
         rule = "left out"
+        if len(copies) > _MANY_SHARE * len(train):
+            why = ", as they would flatter the gain (--near-duplicates keep trains on them)"
     else:
         rule = "they stay, as --near-duplicates keep says, and the gain is too good"
     if config.streaming and train and held_out:
@@ -189,12 +193,12 @@ def find_copies(
             Notice(
                 f"The rows of the stream are compared with the {len(held_out):,} held-out rows "
                 f"that are measured. Of the first {len(train):,} training rows {count} nearly "
-                f"copy one of these {share}; {rule}{later}."
+                f"copy one of these {share}; {rule}{later}{why}."
             )
         )
     elif copies:
         rows = "1 training row nearly copies" if len(copies) == 1 else f"{count} training rows nearly copy"
-        notify(Notice(f"{rows} held-out ones {share}; {rule}."))
+        notify(Notice(f"{rows} held-out ones {share}; {rule}{why}."))
     return copies
 
 

@@ -171,6 +171,14 @@ def seeded():
     return [*originals, *copies.values()], leaks
 
 
+def test_many_copies_say_why(load):
+    copies = [replace_words(row, 0.05, seed) for row in ROWS[:12] for seed in range(6)]
+    load("a.json", json.dumps([*copies, *texts(40, seed=1)]))
+    assert load.notices[0].endswith(
+        "; left out, as they would flatter the gain (--near-duplicates keep trains on them)."
+    )
+
+
 def test_training_copies_of_held_out_rows_are_left_out(load, seeded):
     records, leaks = seeded
     dataset = load("a.json", json.dumps(records))
