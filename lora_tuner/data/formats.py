@@ -1,6 +1,7 @@
 """Detect the layout of a table by its columns, or find the columns of the one that `format` names."""
 
 import itertools
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -293,7 +294,21 @@ def _find_text_column(table: Table, rows: list[Row], *, asks_format: bool) -> st
         question += f" There are only codes in {format_names(codes)}, such as {example[:60]}."
     if len(texts) > 1:
         question += " Or make a text of several with --template."
+        answers = [name for name in texts if any(is_same_name(name, answer) for answer in _ANSWERS)]
+        if len(answers) == 1 and not (readers and asks_format):
+            asked = max(
+                (name for name in texts if name not in answers), key=lambda name: _mean_length(rows, name)
+            )
+            if not any(mark in asked + answers[0] for mark in '{}.[]!:"$`\\'):
+                template = f"Question: {{{asked}}}\\nAnswer: {{{answers[0]}}}"
+                question = question.removesuffix("--template.")
+                question += f'--template "{template}" --answer-column {shlex.quote(answers[0])}.'
     raise DataError(question)
+
+
+def _mean_length(rows: list[Row], column: str) -> float:
+    texts = strings(rows, column)
+    return sum(map(len, texts)) / max(len(texts), 1)
 
 
 def _option(layout: Layout) -> str:

@@ -269,7 +269,7 @@ def _choose_clean(
     elif any(map(are_structured, samples.values())):
         kind = "look like program code, settings or Markdown"
     else:
-        if 2 * sum(map(has_line_breaks, texts)) > len(texts):
+        if any(2 * sum(map(has_line_breaks, column)) > len(column) for column in samples.values()):
             notify(
                 Notice(
                     f"Most rows of {source.description} have line breaks, which become spaces (--clean full). "

@@ -96,6 +96,10 @@ def test_ambiguous_text_column_fails(refusal):
         "a.csv: which column is the text? Name one with --text-column: 'body' (text, 125 characters on average), 'label' "
         "(numbers, 1). 'body' looks like text. Or make a text of several with --template."
     )
+    asked = jsonl({"Kunde": "a", "my body": text, "Answer": text[:20]} for text in TEXTS)
+    assert refusal("q.jsonl", asked).endswith(
+        r' Or make a text of several with --template "Question: {my body}\nAnswer: {Answer}" --answer-column Answer.'
+    )
     assert refusal("n.jsonl", jsonl({"a": 1, "b": 2} for _ in TEXTS)) == (
         "n.jsonl: which column is the text? Name one with --text-column: 'a' (numbers, 1 character on average), 'b' (numbers, 1)."
     )

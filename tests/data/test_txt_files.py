@@ -67,6 +67,15 @@ def test_long_documents_are_measured_in_parts(tmp_path):
     assert len(dataset.held_out) > dataset.counts.held_out
 
 
+def test_line_breaks_of_template_are_told(load, tmp_path):
+    """Be they in one of its columns."""
+    records = [{"poem": poem, "title": f"poem {number}"} for number, poem in enumerate(POEMS)]
+    load("a.jsonl", jsonl(records), template="{title}: {poem}")
+    assert "have line breaks, which become spaces (--clean full)" in load.notices[0]
+    load("a.jsonl", template="{title}: {poem}", clean="lines")
+    assert load.notices == []
+
+
 def test_lost_line_breaks_are_told(load, tmp_path):
     told = f"Most rows of {tmp_path / 'a.jsonl'} have line breaks, which become spaces (--clean full). --clean lines keeps "
     told += "them, as in poems."
