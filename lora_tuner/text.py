@@ -1,10 +1,11 @@
 """Text for users: sizes, durations, lists. Names of adapters and datasets; extensions of files."""
 
+import difflib
 import itertools
 import math
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 WORKBOOK_EXTENSIONS, DATABASE_EXTENSIONS = (".xlsx", ".xlsm"), (".db", ".sqlite", ".sqlite3")
@@ -93,6 +94,16 @@ def format_names(names: Collection[str], most: int = 20) -> str:
     """Join names, in a message, by commas. Of many the first are named, and the others counted."""
     listed = ", ".join(shorten(name, 100) for name in itertools.islice(names, most))
     return f"{listed} and {len(names) - most:,} more" if len(names) > most else listed
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return a question, after a space, for the most similar of some names; empty without such a one.
+
+    Extensions of files do not count.
+    """
+    by_stem = {Path(each).stem.lower(): each for each in names}
+    matches = difflib.get_close_matches(Path(name).stem.lower(), by_stem, n=1)
+    return f" Did you mean '{shorten(by_stem[matches[0]], 100)}'?" if matches else ""
 
 
 def format_duration(seconds: float) -> str:

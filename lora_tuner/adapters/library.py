@@ -19,7 +19,7 @@ import yaml
 from .. import atomic_io
 from ..config import TrainConfig
 from ..errors import AdapterError
-from ..text import NAME_PATTERN, default_adapter_name, format_names
+from ..text import NAME_PATTERN, default_adapter_name, did_you_mean, format_names
 from . import other_formats
 from .adapter import (
     CARD_FILE,
@@ -100,8 +100,11 @@ class Library:
             return read_consistently(Path(text), function)
         if Path(text).is_file():
             raise AdapterError(f"{text} {other_formats.explain_file(Path(text))}.")
-        existing = format_names(self.names()) or "none yet"
-        raise AdapterError(f"There is no adapter '{text}', neither in {self.path} ({existing}) nor as a path.")
+        names = self.names()
+        existing, similar = format_names(names) or "none yet", did_you_mean(text, names)
+        raise AdapterError(
+            f"There is no adapter '{text}', neither in {self.path} ({existing}) nor as a path.{similar}"
+        )
 
     def get_all(self, names: Sequence[str | Path]) -> list[Adapter]:
         """The adapters with these names or paths. Raises AdapterError if two share a name."""
@@ -183,8 +186,9 @@ class Library:
         """Folder of an adapter in this library. Raises AdapterError for a path elsewhere."""
         atomic_io.finish_replacement(self.path)
         if not NAME_PATTERN.fullmatch(name) or not (self.path / name).is_dir():
-            existing = format_names(self.names()) or "none yet"
-            raise AdapterError(f"There is no adapter '{name}' in {self.path} ({existing}).")
+            names = self.names()
+            existing, similar = format_names(names) or "none yet", did_you_mean(name, names)
+            raise AdapterError(f"There is no adapter '{name}' in {self.path} ({existing}).{similar}")
         return self.path / name
 
     @contextlib.contextmanager

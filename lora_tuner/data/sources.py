@@ -14,7 +14,7 @@ from .. import hub
 from ..atomic_io import delete
 from ..config import HELD_OUT, PROBE, TrainConfig
 from ..errors import ConfigError, DataError, EventHandler, HubError, Notice, ignore_events
-from ..text import DATA_EXTENSIONS, data_extension, format_count, format_names
+from ..text import DATA_EXTENSIONS, data_extension, did_you_mean, format_count, format_names
 from .delimited import find_txt_delimiter
 from .folders import (
     choose_files,
@@ -58,10 +58,23 @@ def open_source(name: str, config: TrainConfig, notify: EventHandler) -> tuple[s
         return str(path), _read_files(path, files, config, notify)
     if data_extension(path) in DATA_EXTENSIONS or len(Path(name).parts) != 2 or name.startswith((".", "/", "~")):
         weight = " A weight is a number, as in tickets.csv=0.7." if "=" in name else ""
+        similar = did_you_mean(name, _names_beside(path))
         raise DataError(
             f"There is no dataset '{name}': give imdb, an existing file or folder, or a Hub id (owner/name).{weight}"
+            f"{similar}"
         )
     return name, [_hub_table(name, config)]
+
+
+def _names_beside(path: Path) -> list[str]:
+    """Return the paths in the folder of a path that may be data."""
+    with contextlib.suppress(OSError):
+        return [
+            str(each)
+            for each in sorted(path.parent.iterdir())
+            if each.is_dir() or data_extension(each) in DATA_EXTENSIONS
+        ]
+    return []
 
 
 def _read_files(path: Path, files: list[Path], config: TrainConfig, notify: EventHandler) -> list[Table]:

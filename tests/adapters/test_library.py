@@ -103,6 +103,9 @@ def test_get_missing_adapter_fails(library):
     assert refusal(library.get, "imdb") == (
         f"There is no adapter 'imdb', neither in {library.path} (a, b) nor as a path."
     )
+    adapter_files.write(library.path / "poems")
+    for function in (library.get, library.remove):
+        assert refusal(function, "peom").endswith(" Did you mean 'poems'?")
 
 
 def test_get_all_rejects_equal_names(library, tmp_path):

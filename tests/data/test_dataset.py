@@ -70,6 +70,9 @@ def test_unknown_dataset_fails(refusal, tmp_path):
         assert str(error.value) == (
             f"There is no dataset '{name}': give imdb, an existing file or folder, or a Hub id (owner/name)."
         )
+    (tmp_path / "poems.txt").write_text("text")
+    with pytest.raises(DataError, match=r"\. Did you mean 'poems\.txt'\?$"):
+        load_dataset(TrainConfig(dataset="./poem.md"))
     with pytest.raises(
         DataError, match=r"There is no dataset 'a.csv=70%': .* A weight is a number, as in tickets"
     ):
