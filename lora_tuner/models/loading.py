@@ -142,7 +142,7 @@ def load_base(
 
     device = choose_device(options.device)
     threads.set_threads(options.threads)
-    if device.type == "cpu" and (warning := threads.busy_warning()):
+    if device.type == "cpu" and (warning := threads.hourly_warning()):
         options.notify(Notice(warning))
     if options.dtype == "int8":
         if device.type != "cpu":

@@ -4,16 +4,19 @@ Surprise: after each product the threads wait for the last one. Where other prog
 that one is often not running: two threads may then be many times as slow as one.
 """
 
+import contextlib
 import statistics
 import time
 
 import torch
 
+from ..atomic_io import cache_dir
 from ..config import MAX_THREADS
 from ..errors import ConfigError
 
 SLOWER = 1.5  # times as slow as one thread, before it is said
 MAX_RUNNING = 0.8  # share of their time in which threads run on a busy machine, at most
+SAID_AGAIN = 3600  # seconds after a command has said it
 ROUNDS, PRODUCTS = 5, 10
 ROWS, WIDTH = 64, 576  # of a product, as in a step of a small base
 
@@ -40,9 +43,23 @@ def busy_warning() -> str | None:
         return None
     digits = 0 if slowdown >= 10 else 1
     return (
-        f"This machine is busy: {threads} threads are {slowdown:.{digits}f} times as slow as one. "
-        "One is faster: --threads 1, or OMP_NUM_THREADS=1."
+        f"This machine is busy: {threads} threads are {slowdown:.{digits}f} times as slow as one, and stay in use, as "
+        "their number changes rounding. One is faster: --threads 1, or OMP_NUM_THREADS=1."
     )
+
+
+def hourly_warning() -> str | None:
+    """Return the line of `busy_warning`, unless a command has said it within the last hour."""
+    marker = cache_dir() / "busy"
+    with contextlib.suppress(OSError):
+        if 0 <= time.time() - marker.stat().st_mtime < SAID_AGAIN:
+            return None
+    warning = busy_warning()
+    if warning:
+        with contextlib.suppress(OSError):
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
+    return warning
 
 
 def _measure(threads: int) -> tuple[float, float]:
