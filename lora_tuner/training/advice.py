@@ -26,14 +26,18 @@ def describe_length(requested: TrainConfig, max_steps: int, steps_per_epoch: int
         steps_per_epoch: None for a stream.
     """
     text = f"The run takes {format_count(max_steps, 'step')}"
-    if not steps_per_epoch:
-        return f"{text}."
-    text += f"; one epoch is {steps_per_epoch:,}."
-    passes = max_steps / steps_per_epoch
+    text += f"; one epoch is {steps_per_epoch:,}." if steps_per_epoch else "."
+    return " ".join(filter(None, [text, passes_advice(requested, max_steps, steps_per_epoch)]))
+
+
+def passes_advice(requested: TrainConfig, max_steps: int, steps_per_epoch: int | None) -> str | None:
+    """Return how a run of more passes over its rows than it needs ends earlier. Arguments are those of
+    `describe_length`."""
+    passes = max_steps / steps_per_epoch if steps_per_epoch else 0
     if passes <= MANY_PASSES or requested.epochs is not None or requested.patience is not None:
-        return text
+        return None
     return (
-        f"{text} {passes:.0f} passes over the same rows may learn them by heart: --epochs {MANY_PASSES - 1} ends "
+        f"{passes:.0f} passes over the same rows may learn them by heart: --epochs {MANY_PASSES - 1} ends "
         f"earlier, --eval-every {steps_per_epoch} --patience 2 keeps the best step."
     )
 
@@ -70,13 +74,23 @@ def rate_advice(
         )
     error = result.standard_error or 0.0
     worse = f"The adapter is worse than its base: held-out loss {result.base_loss:.3f} -> {result.loss:.3f}."
-    if best := _passed_minimum(points, 2 * error * math.sqrt(result.rows / rows)):
+    is_worse = result.gain < -2 * error
+    passes = len(entries) / steps_per_epoch if steps_per_epoch else 0
+    # A loss beyond that of the base is no noise of a minimum.
+    noise = 0.0 if is_worse and passes > MANY_PASSES else 2 * error * math.sqrt(result.rows / rows)
+    if best := _passed_minimum(points, noise):
         return (
-            f"{worse if result.gain < -2 * error else 'The run was too long.'} The held-out curve was lowest at step "
+            f"{worse if is_worse else 'The run was too long.'} The held-out curve was lowest at step "
             f"{best}, and then the rows were learned by heart: take --max-steps {best}, or --eval-every {best} "
             "--patience 2 to keep the best step."
         )
-    if result.gain < -2 * error:
+    if is_worse and passes > MANY_PASSES:
+        return (
+            f"{worse} After {passes:.0f} passes over the same rows these are learned by heart: take --epochs 1, or "
+            f"--eval-every {steps_per_epoch} --patience 2 to keep the best step. If that is worse too: --learning-rate "
+            f"{much_lower:g}."
+        )
+    if is_worse:
         return (
             f"{worse} Try a lower learning rate than {rate:g}, such as {much_lower:g} "
             "(--learning-rate), or fewer steps."

@@ -54,6 +54,7 @@ class RunEstimate:
 
     steps: int
     steps_per_epoch: int | None  # None for a stream
+    advice: str | None  # on so many passes over the same rows
     seconds_per_step: float
     training_seconds: float
     learning_rate: float

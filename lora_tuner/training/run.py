@@ -46,7 +46,7 @@ from ..models import fsdp, lora
 from ..settings_files import config_to_yaml, resolve_settings
 from ..text import format_names
 from . import arguments, checkpoints, paths, profiling, rate_probe, trainer
-from .advice import describe_length, rate_advice
+from .advice import describe_length, passes_advice, rate_advice
 from .checkpoints import RETRAIN_ADVICE, save_adapter
 from .inputs import dtype_name
 from .profiling import RunEstimate
@@ -170,6 +170,7 @@ def plan(requested: TrainConfig, notify: EventHandler | None = display) -> RunEs
     return RunEstimate(
         steps=steps,
         steps_per_epoch=setup.steps_per_epoch,
+        advice=passes_advice(requested, steps, setup.steps_per_epoch),
         seconds_per_step=profile.seconds_per_step,
         training_seconds=steps * profile.seconds_per_step,
         learning_rate=setup.learning_rate,

@@ -140,7 +140,7 @@ def test_worse_than_parent_names_rate(parent_loss, is_worse):
         (
             -0.3,
             [3.5, 3.6, 3.7, 3.8],
-            "The adapter is worse than its base: held-out loss 3.500 -> 3.800. Try a lower",
+            "The adapter is worse than its base: held-out loss 3.500 -> 3.800. After 8 passes over the same rows",
         ),
     ],
 )
@@ -154,6 +154,21 @@ def test_curve_beyond_its_minimum_names_step(gain, points, said, name):
     assert text is None if said is None else text.startswith(said)
     is_named = text is not None and "take --max-steps 10, or --eval-every 10 --patience 2" in text
     assert is_named == (min(points) == 3.0 and said is not None)
+
+
+def test_worse_after_many_passes_ends_earlier():
+    """Few rows are noisy, but not the loss of all beyond that of the base."""
+    losses = [3.50, 3.45, 3.60, 3.9]
+    entries = [
+        {"step": 10 * number, "eval_subset_loss": loss, "eval_subset_rows": 2}
+        for number, loss in enumerate(losses)
+    ]
+    steps = curve(SHAPES["falls"], steps=30)
+    text = rate_advice([*steps, *entries], result(-0.3, 0.1), 2e-3, "lora", 2)
+    assert "lowest at step 10, and then the rows were learned by heart: take --max-steps 10" in text
+    text = rate_advice(steps, result(-0.3, 0.1), 2e-3, "lora", 2)
+    assert "take --epochs 1, or --eval-every 2 --patience 2 to keep the best step. If that is worse too" in text
+    assert "Try a lower learning rate" in rate_advice(steps, result(-0.3, 0.1), 2e-3, "lora", 20)
 
 
 def test_noise_of_few_rows_is_no_minimum():

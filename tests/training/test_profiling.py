@@ -122,6 +122,11 @@ def test_profile_ignores_one_slow_step(settings, monkeypatch):
     assert steps * profile.seconds_per_step == pytest.approx(60, rel=0.05)
 
 
+def test_plan_tells_many_passes(settings):
+    advice = plan(settings(max_rows=20, max_steps=50)).advice
+    assert "passes over the same rows may learn them by heart: --epochs 3 ends earlier" in advice
+
+
 @pytest.mark.parametrize(("batch_size", "gradient_accumulation"), [(2, 4), (8, 2), (1, 8)])
 def test_plan_with_few_rows(settings, batch_size, gradient_accumulation):
     cost = plan(
