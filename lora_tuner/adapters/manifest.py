@@ -219,6 +219,12 @@ class Manifest(_ManifestModel):
         is_learned = self.data is not None and is_conversation(self.data.format)
         return is_learned or self.base.chat_template is not None
 
+    @property
+    def template(self) -> tuple[str, str | None] | None:
+        """The template that made the texts, and the column of which alone was learned."""
+        data = self.data
+        return (data.template, data.answer_column) if data and data.template else None
+
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
 

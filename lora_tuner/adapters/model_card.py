@@ -123,7 +123,7 @@ The loss is the mean negative log-likelihood per token, in nats, of held-out row
 {limits}
 ## Use
 
-{_describe_prompt(prompts, adapter.is_chat)}
+{_describe_prompt(prompts, adapter)}
 {usage}"""
 
 
@@ -212,14 +212,14 @@ def _limitations(manifest: Manifest) -> list[str]:
     return limits
 
 
-def _describe_prompt(prompts: Sequence[str], is_chat: bool) -> str:
+def _describe_prompt(prompts: Sequence[str], adapter: Adapter) -> str:
+    data = adapter.manifest.data if adapter.manifest else None
     if not prompts:
-        return (
-            "Replace the prompt by a question as in the data."
-            if is_chat
-            else "Replace the prompt by text as in the data."
-        )
-    part = "first question" if is_chat else "beginning"
+        kind = "a question" if adapter.is_chat else "text"
+        return f"Replace the prompt by {kind} as in the data."
+    part = "first question" if adapter.is_chat else "beginning"
+    if data and data.answer_column:
+        part = "text up to the answer"
     return f"The prompt comes from a held-out row, which was not trained on: its {part}."
 
 

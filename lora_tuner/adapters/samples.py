@@ -7,17 +7,18 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import AdapterError
-from ..text import escape_control
+from ..text import escape_control, shorten
 
 COLUMNS = ["Prompt", "Base", "Adapter"]
 SAMPLES_FILE = "samples.jsonl"
+_SHOWN_CHARS = 300  # of a prompt, at most
 _MAX_BYTES = 10_000_000
 
 
 class Sample(BaseModel):
     """A prompt continued by the base and by the adapter after `step` steps, with the same seed.
 
-    `chat`: it was asked through the chat template.
+    `chat`: it was asked through the chat template. `base_cut`, `adapter_cut`: a limit ended the text.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -27,6 +28,14 @@ class Sample(BaseModel):
     base: str
     adapter: str
     chat: bool = False
+    base_cut: bool = False
+    adapter_cut: bool = False
+
+    @property
+    def shown(self) -> tuple[str, str, str]:
+        """Prompt, which is shortened if it is long, and both texts, with a mark where a limit ended them."""
+        base, adapter = self.base + "\u2026" * self.base_cut, self.adapter + "\u2026" * self.adapter_cut
+        return shorten(self.prompt, _SHOWN_CHARS), base, adapter
 
 
 def write_samples(samples: Sequence[Sample], path: Path) -> None:
@@ -52,7 +61,7 @@ def read_samples(path: Path) -> list[Sample]:
 
 def samples_table(samples: Sequence[Sample]) -> str:
     """Format prompts with the texts of base and adapter as a table in Markdown."""
-    rows = [[*map(_format_cell, (sample.prompt, sample.base, sample.adapter))] for sample in samples]
+    rows = [[*map(_format_cell, sample.shown)] for sample in samples]
     return "".join(f"| {' | '.join(row)} |\n" for row in [COLUMNS, ["---"] * len(COLUMNS), *rows])
 
 

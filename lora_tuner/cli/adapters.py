@@ -2,21 +2,27 @@
 
 import datetime
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..adapters import compatibility
-from ..adapters.adapter import Adapter, verify_adapter
+from ..adapters.adapter import CARD_FILE, Adapter, verify_adapter
 from ..adapters.library import Ancestor, Library, current_name
 from ..convert.adopt import adopt
 from ..convert.model_check import check_export
 from ..errors import AdapterError, os_error_message
 from ..models.layers_in_files import known_coverage
-from ..text import format_bytes, format_count, format_counts, format_duration, format_gain, one_line
+from ..text import display_name, format_bytes, format_count, format_counts, format_duration, format_gain, one_line
 from ..training.progress import display
-from .display import format_result, print_stderr, print_table, print_wrapped, show_fields, show_json
+from .display import (
+    format_result,
+    print_stderr,
+    print_table,
+    print_wrapped,
+    show_fields,
+    show_json,
+)
 from .help import HelpGroup
 from .options import (
     DEFAULT_ADAPTERS_DIR,
@@ -77,7 +83,7 @@ def show_adapters(entries: Iterable[tuple[str, Adapter | AdapterError]]) -> None
                 name,
                 adapter.base,
                 str(adapter.rank),
-                Path(data.name).name if data else "?",
+                display_name(data.name) if data else "?",
                 format_bytes(adapter.bytes),
                 format_gain(result.gain, result.standard_error, ".2f") if result else "?",
                 _format_created(manifest.created) if manifest else "?",
@@ -89,7 +95,7 @@ def show_adapters(entries: Iterable[tuple[str, Adapter | AdapterError]]) -> None
     header = ("adapter", "base", "rank", "data", "size", "gain", "created", "parent")
     shown = slice(None if any(row[-1] for row in rows) else -1)  # the last column only if there is a parent
     if rows:
-        print_table((row[shown] for row in rows), header[shown])
+        print_table((row[shown] for row in rows), header[shown], droppable=("size", "created"))
     for text in broken:
         print_stderr(text)
 
@@ -135,6 +141,7 @@ def show_details(adapter: Adapter, ancestors: Sequence[Ancestor], coverage: str 
     fields: dict[str, object] = {
         "adapter": adapter.name,
         "path": str(adapter.path),
+        "card": str(adapter.path / CARD_FILE) if (adapter.path / CARD_FILE).is_file() else None,
         "rank": f"{adapter.rank}, alpha {adapter.config['lora_alpha']}",
         "targets": ", ".join(adapter.targets),
         "size": f"{format_bytes(adapter.bytes)}, {adapter.parameters:,} parameters",

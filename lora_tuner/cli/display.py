@@ -2,12 +2,14 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +23,43 @@ BASE_LABEL = "(base)"  # not a valid adapter name
 
 def print_stderr(text: str) -> None:
     print(shorten(one_line(text)), file=sys.stderr)
+
+
+def describe_template(name: str, template: tuple[str, str | None], prompts: Iterable[str]) -> list[str]:
+    """Return notices: through which template an adapter is asked, or how a prompt is to be typed for
+    it; none where all prompts are typed so.
+
+    Args:
+        template: the text of the template, and the column of the answer.
+        prompts: as they were typed.
+    """
+    from ..data.row_template import fill_question, question_form
+
+    form, notices = question_form(*template), list[str]()
+    start = form.partition("...")[0].rstrip()
+    line_breaks = " in bash; when asked, Alt-Enter is a line break" if "\n" in form else ""
+    if not all(start and prompt.startswith(start) for prompt in prompts):
+        learned = f"{name} has learned texts of the form " + template[0].replace("\n", "\\n")
+        if fill_question(*template, "") is not None:
+            notices.append(f"{learned}: asking through it (--no-chat: bare text).")
+        else:
+            notices.append(
+                f"{learned}: write prompts so up to the answer, as {quote_argument(form)}{line_breaks}."
+            )
+    if "\n" in form and any(r"\n" in prompt and "\n" not in prompt for prompt in prompts):
+        notices.append(
+            r"The prompt has \n as two characters, which is no line break: write "
+            f"{quote_argument(form)}{line_breaks}."
+        )
+    return notices
+
+
+def quote_argument(text: str) -> str:
+    r"""Return a text as an argument of a command; with line breaks as bash reads it, such as $'a\nb'."""
+    if "\n" not in text:
+        return shlex.quote(text)
+    escaped = text.replace("\\", r"\\").replace("'", r"\'").replace("\n", r"\n")
+    return f"$'{escaped}'"
 
 
 def color_system() -> Literal["auto"] | None:
@@ -46,7 +85,17 @@ def show_json(data: object) -> None:
     print(CONTROL_CHARACTERS.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
-def print_table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
+def print_table(
+    rows: Iterable[Sequence[str]], header: Sequence[str] = (), *, droppable: Sequence[str] = ()
+) -> None:
+    """Print a table. Of one that is too wide, `droppable` columns are left out before cells are broken."""
+    if droppable:
+        columns = list(zip(header, *rows, strict=True))
+        for name in droppable:
+            width = sum(max(map(cell_len, column)) for column in columns) + 2 * (len(columns) - 1)
+            if width > stdout_console().width:
+                columns = [column for column in columns if column[0] != name]
+        header, *rows = zip(*columns, strict=True)
     grid = Table(box=None, pad_edge=False, show_header=bool(header), header_style="bold")
     for name in header:
         grid.add_column(Text(escape_control(name)), overflow="fold")

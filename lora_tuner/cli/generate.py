@@ -17,7 +17,7 @@ from ..errors import ConfigError, GenerationError, LoraTunerError, Notice
 from ..settings_files import resolve_settings
 from ..text import escape_control, format_names
 from ..training.progress import display
-from .display import BASE_LABEL, color_system, show_json, show_text
+from .display import BASE_LABEL, color_system, describe_template, show_json, show_text
 from .interactive import ANSWER as ANSWER
 from .interactive import PROMPT as PROMPT
 from .interactive import heading, print_outputs, quote, run_interactive
@@ -39,7 +39,10 @@ if TYPE_CHECKING:
 MIN_COLUMN_WIDTH = 36  # characters; with less, texts are not shown side by side
 
 FileOption = Annotated[Path | None, typer.Option(help="File with one prompt per line.", show_default=False)]
-_CHAT_HELP = "Ask through the chat template of the adapter, else of the base. --no-chat: continue the bare text."
+_CHAT_HELP = (
+    "Ask through the chat template of the adapter, else of the base. --no-chat: continue the bare text, "
+    "which is not filled into the --template of an adapter either."
+)
 ChatOption = Annotated[
     bool | None,
     typer.Option(
@@ -107,16 +110,17 @@ def generate(
     from ..inference.generator import Generator
 
     generator = Generator(*(loaded.path for loaded in adapters), options=options, adapters_dir=adapters_dir)
-    for loaded in adapters:
-        notify_template(loaded, prompts or [""])
     if prompts is None:
         run_interactive(generator, overrides, chat, opening)
         return
     name = generator.current_adapter
-    if chat is None and (chat := generator.is_chat(name)):
+    if chat is None and generator.is_chat(name):
+        chat = True
         display(
             Notice(f"{name} has learned conversations: asking through its chat template (--no-chat: bare text).")
         )
+    elif chat is None:
+        prompts = _fill_prompts(generator, prompts, [name])[name]
     encoded_prompts = _encode_prompts(generator, prompts, opening if chat else None, name)
     if as_json:
         outputs = [output for encoded in encoded_prompts for output in generator.generate_all(encoded, sampling)]
@@ -126,12 +130,21 @@ def generate(
             print_outputs(generator, encoded, sampling, number, len(encoded_prompts))
 
 
-def notify_template(adapter: Adapter, prompts: Iterable[str]) -> None:
-    """Say which template an adapter has learned, unless all prompts begin as its texts do."""
-    template = adapter.manifest.data.template if adapter.manifest and adapter.manifest.data else None
-    if template and not all(prompt.startswith(template.partition("{")[0]) for prompt in prompts):
-        shown = template.replace("\n", "\\n")
-        display(Notice(f"{adapter.name} has learned texts of the form {shown}: write prompts so."))
+def _fill_prompts(
+    generator: "Generator", prompts: list[str], names: Iterable[str | None]
+) -> dict[str | None, list[str]]:
+    """Return the prompts for each adapter in the template that it has learned; notices say so."""
+    from ..data.row_template import fill_questions
+
+    templates = {name: generator.template_of(name) for name in names if name}
+    filled: dict[str | None, list[str]] = {}
+    for prompt in prompts:
+        for name, text in fill_questions(prompt, templates).items():
+            filled.setdefault(name, []).append(text)
+    for name, template in templates.items():
+        for text in describe_template(name, template, prompts) if template else ():
+            display(Notice(text))
+    return filled
 
 
 def _check_chat(chat: bool | None, system: str | None, adapters: Sequence[Adapter]) -> bool | None:
@@ -244,12 +257,13 @@ def compare(
 
     generator = Generator(*(loaded.path for loaded in adapters), options=options, adapters_dir=adapters_dir)
     names = [None, *(loaded.name for loaded in adapters)]
-    for loaded in adapters:
-        notify_template(loaded, prompts)
     results = []
     chats = _choose_chats(generator, names, chat)
+    texts = dict.fromkeys(names, prompts)
+    if chat is None:
+        texts |= _fill_prompts(generator, prompts, names)
     encoded_by_name = [
-        _encode_prompts(generator, prompts, opening if name in chats else None, name) for name in names
+        _encode_prompts(generator, texts[name], opening if name in chats else None, name) for name in names
     ]
     for encoded in zip(*encoded_by_name, strict=True):
         results.append(generator.generate_batch(list(zip(encoded, names, strict=True)), sampling))
@@ -286,13 +300,12 @@ def show_comparison(outputs: Sequence["GenerationOutput"], chats: Collection[str
 
     Those of `chats`, adapters or None for the base, are answers: the prompt is marked as a question.
     """
-    prompt = escape_control(outputs[0].prompt)
     is_mixed = len({output.adapter in chats for output in outputs}) > 1
     columns: dict[str, list[tuple[str, str]]] = {}  # name -> prompt and text of each output
     for output in outputs:
-        name, shown_prompt = escape_control(output.adapter or BASE_LABEL), prompt
+        name, shown_prompt = escape_control(output.adapter or BASE_LABEL), escape_control(output.prompt)
         if output.adapter in chats:
-            name, shown_prompt = f"{name} (chat)" if is_mixed else name, quote(prompt)
+            name, shown_prompt = f"{name} (chat)" if is_mixed else name, quote(shown_prompt)
         columns.setdefault(name, []).append((shown_prompt, escape_control(output.text)))
     show_columns(columns, "output")
 

@@ -21,7 +21,7 @@ from ..errors import ConfigError, LoraTunerError
 from ..settings_files import resolve_settings
 from ..text import format_names
 from ..training.signals import handle_signals
-from .display import BASE_LABEL, print_stderr, show_text
+from .display import BASE_LABEL, describe_template, print_stderr, show_text
 from .options import Overrides
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyPressEvent
 
     from ..data.chat import Message
+    from ..data.row_template import Template
     from ..inference.generator import EncodedPrompt, GenerationOutput, Generator
 
 PROMPT = "Enter a prompt for text generation: "
@@ -160,6 +161,12 @@ class _Session:
     def is_chat(self) -> bool:
         return self.generator.is_chat(self.generator.current_adapter) if self.chat is None else self.chat
 
+    @property
+    def template(self) -> "Template | None":
+        """The template through which the current adapter is asked."""
+        is_bare = self.chat is not None or self.is_chat
+        return None if is_bare else self.generator.template_of(self.generator.current_adapter)
+
     def handle(self, text: str) -> None:
         """Run a command, or generate for a prompt. Raises LoraTunerError, and changes nothing."""
         if INVALID_TEXT.search(text):
@@ -209,7 +216,7 @@ class _Session:
         """Generate for a prompt; of a chat it replaces the messages from `turn_start` on."""
         history = self.messages[:turn_start]
         question: Message = {"role": "user", "content": text}
-        encoded = self.generator.encode_prompt([*history, question] if self.is_chat else text)
+        encoded = self.generator.encode_prompt([*history, question] if self.is_chat else self.fill(text))
         self.last_prompt, self.turn_start = text, turn_start
         self.last_choice = self.generator.current_adapter, self.is_chat, self.sampling
         show_text(ANSWER if sampling.n == 1 else f"{ANSWER}\n")
@@ -217,6 +224,17 @@ class _Session:
         self.last_output = output
         if encoded.chat:
             self.messages = [*history, question, {"role": "assistant", "content": output.text}]
+
+    def fill(self, text: str) -> str:
+        """Return a prompt in the template that the current adapter has learned."""
+        name = self.generator.current_adapter
+        if name is None or (template := self.template) is None:
+            return text
+        from ..data.row_template import fill_questions
+
+        if r"\n" in text:
+            print_stderr(describe_template(name, template, [text])[-1])
+        return fill_questions(text, {name: template})[name]
 
     def retry(self) -> None:
         """Generate for the last prompt again, with the next seed if nothing has changed."""
@@ -284,7 +302,10 @@ class _Session:
     def describe_model(self) -> str:
         name = self.generator.current_adapter
         through = ", through its chat template" if self.is_chat else ""
-        return f"Using adapter {name}{through}." if name else f"Using the base without an adapter{through}."
+        if not name:
+            return f"Using the base without an adapter{through}."
+        learned = describe_template(name, self.template, [""]) if self.template else []
+        return " ".join([f"Using adapter {name}{through}.", *learned])
 
     def completions(self) -> list[str]:
         """Commands that the Tab key completes."""

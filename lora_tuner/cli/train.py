@@ -14,7 +14,7 @@ from ..adapters.library import adapter_name
 from ..adapters.manifest import RateProbe
 from ..adapters.model_card import final_samples
 from ..config import METHODS, STOP_RULES, TrainConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, Interrupted
 from ..settings_files import expand_sweep, resolve_settings
 from ..text import (
     describe_coverage,
@@ -29,11 +29,22 @@ from ..text import (
 from ..training.paths import SWEEP_PLOT_FILE
 from ..training.progress import display
 from .completion import complete_run_names
-from .display import BASE_LABEL, print_picture, print_result, print_stderr, print_table, show_json
+from .display import (
+    BASE_LABEL,
+    print_picture,
+    print_result,
+    print_stderr,
+    print_table,
+    print_wrapped,
+    quote_argument,
+    show_json,
+)
 from .generate import show_columns
 from .interactive import quote
 from .options import JsonOption, Overrides, settings_options
 from .preview import preview_to_dict, show_preview
+
+MAX_QUOTED = 300  # characters of a prompt in a command
 
 if TYPE_CHECKING:
     from ..training.profiling import RunEstimate
@@ -102,8 +113,13 @@ def train(
     if queue and distributed.expected_world_size() > 1:
         raise ConfigError("--queue is for a single process: run it without torchrun.")
     changes: dict[str, Any] = {"threads": settings.threads, "accept": [accept] if accept else []}
-    with _turn(configs, resume) if queue else contextlib.nullcontext():
-        _run(configs, resume, changes, plan=plan, preview=preview, as_json=as_json)
+    try:
+        with _turn(configs, resume) if queue else contextlib.nullcontext():
+            _run(configs, resume, changes, plan=plan, preview=preview, as_json=as_json)
+    except KeyboardInterrupt as error:  # a run that has begun says how to resume it
+        if resume or plan or preview:
+            raise
+        raise Interrupted("Interrupted before the first step: nothing was saved.") from error
     distributed.destroy_process_group()
 
 
@@ -213,9 +229,9 @@ def _show_samples(adapter: Adapter) -> None:
     """Print the texts of base and adapter at the end of the run side by side."""
     columns: dict[str, list[tuple[str, str]]] = {BASE_LABEL: [], adapter.name: []}
     for sample in final_samples(adapter):
-        prompt = escape_control(sample.prompt)
-        for column, text in zip(columns.values(), (sample.base, sample.adapter), strict=True):
-            column.append((quote(prompt) if sample.chat else prompt, escape_control(text)))
+        prompt, *texts = map(escape_control, sample.shown)
+        for column, text in zip(columns.values(), texts, strict=True):
+            column.append((quote(prompt) if sample.chat else prompt, text))
     if final_samples(adapter):
         print()
         show_columns(columns, "sample")
@@ -223,10 +239,15 @@ def _show_samples(adapter: Adapter) -> None:
 
 def _show_next_commands(adapter: Adapter) -> None:
     """Print commands for the adapter to stderr, as they are no result."""
+    from ..data.row_template import find_question
+
     library = adapter.path.parent
     option = "" if library == TrainConfig().adapters_dir else f" --adapters-dir {shlex.quote(str(library))}"
-    prompts = [sample.prompt for sample in final_samples(adapter) if "\n" not in sample.prompt]
-    prompt = shlex.quote(min(prompts, key=len, default="Your prompt"))
+    prompts = [sample.prompt for sample in final_samples(adapter)]
+    if adapter.manifest and (template := adapter.manifest.template):
+        prompts = [find_question(*template, prompt) for prompt in prompts]
+    shown = [prompt for prompt in prompts if len(prompt) <= MAX_QUOTED]
+    prompt = quote_argument(min(shown, key=lambda prompt: ("\n" in prompt, len(prompt)), default="Your prompt"))
     print_stderr("Next:")
     for command in (
         f"generate --adapter {adapter.name}",
@@ -304,6 +325,8 @@ def show_plan(estimate: "RunEstimate") -> None:
             ("adapter", format_bytes(estimate.adapter_bytes)),
         ]
     )
+    if estimate.advice:
+        print_wrapped(estimate.advice)
 
 
 def _text_used(estimate: "RunEstimate") -> str:

@@ -17,21 +17,24 @@ def held_out_prompts(rows: Sequence[str], *, conversations: bool, count: int = 3
     """Choose prompts for a model card: of conversations the user's first question, of a row with an
     answer what precedes it, of plain text the first words.
 
-    A prompt has at most a dozen words. One is cut only if there are too few that are short as they
-    are; one that may hold personal data is left out. May return fewer than `count`, or none.
+    Prompts of at most a dozen words come before longer ones, of which the shortest are chosen. What
+    an answer follows is not cut, unless only its beginning holds nothing that may be personal.
+    May return fewer than `count`, or none.
     """
-    whole: list[str] = []
+    short: list[str] = []
+    longer: list[str] = []
     cut: list[str] = []
     for row in rows[:MAX_ROWS]:
         is_conversation = chat.is_chat(row) and chat.read_answer(row) is None
-        text = _opening(row) if is_conversation == conversations else ""
-        prompt = _first_words(text, MAX_WORDS)
-        chosen = whole if prompt == text.strip() else cut
-        if prompt not in chosen and not _UNFIT.search(prompt) and not CONTROL_CHARACTERS.search(prompt):
-            chosen.append(prompt)
-        if len(whole) == count:
+        whole = _opening(row).strip() if is_conversation == conversations else ""
+        beginning = _first_words(whole, MAX_WORDS)
+        for prompt, chosen in ((whole, short if whole == beginning else longer), (beginning, cut)):
+            if not _UNFIT.search(prompt) and not CONTROL_CHARACTERS.search(prompt):
+                chosen.append(prompt)
+                break
+        if len(set(short)) == count:
             break
-    return [*whole, *cut][:count]
+    return list(dict.fromkeys([*short, *sorted(longer, key=len), *cut]))[:count]
 
 
 def _opening(row: str) -> str:

@@ -11,6 +11,7 @@ from .columns import match_column
 from .readers import Table
 from .splitting import GOES_ON
 
+Template = tuple[str, str | None]  # as it was given for the training, and the column of the answer
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}  # as they are typed in a shell
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _NO_NAME = re.compile(r"\d*|.*[.\[\]!:].*", re.DOTALL)  # positions, attributes, indices, formats
@@ -68,6 +69,37 @@ class RowTemplate:
         columns = [column for _, column in self.pieces]
         before = RowTemplate(self.pieces[: columns.index(self.answer)]).fill(values)
         return len(before), len(before) + len(values[self.answer])
+
+
+def fill_questions(prompt: str, templates: Mapping[str, Template | None]) -> dict[str | None, str]:
+    """Return a prompt as each adapter is asked it, and the base under None.
+
+    It is filled into the template that an adapter has learned, unless this has several open columns.
+    The base is asked as the adapters are, if these are asked alike.
+    """
+    questions: dict[str | None, str] = {}
+    for name, template in templates.items():
+        filled = fill_question(*template, prompt) if template else None
+        questions[name] = prompt if filled is None else filled
+    texts = {*questions.values()}
+    return {None: texts.pop() if len(texts) == 1 else prompt} | questions
+
+
+def find_question(template: str, answer: str | None, prompt: str) -> str:
+    """Return the question that `fill_question` makes this prompt of; without one the prompt itself."""
+    start, mark, end = (fill_question(template, answer, "\0") or "").partition("\0")
+    end = end.rstrip()
+    is_filled = mark and "\0" not in end and prompt.startswith(start) and prompt.endswith(end)
+    return prompt[len(start) : len(prompt) - len(end)].strip() if is_filled else prompt
+
+
+def question_form(template: str, answer: str | None) -> str:
+    """Return a template up to the answer as it is typed, with ... for its columns."""
+    template = unescape(template)
+    columns = [match for match in _PIECE.finditer(template) if match[1]]
+    ends = [match for match in columns if match[1] == answer] or columns[-1:]
+    before = template[: ends[0].start()] if ends else template
+    return _PIECE.sub(lambda match: "..." if match[1] else match[0][0], before).rstrip(" ")
 
 
 def parse_template(table: Table, text: str, answer: str | None) -> RowTemplate:

@@ -21,6 +21,7 @@ from ..adapters.adapter import CONFIG_FILE, MANIFEST_FILE, TOKENIZER_FILES, WEIG
 from ..adapters.library import Library, read_consistently
 from ..config import ModelOptions, SamplingParams
 from ..data import chat, chat_template, tokenization
+from ..data.row_template import Template
 from ..errors import ContextLengthError, GenerationError
 from ..models import loading, lora
 from ..models.tokenizer import load_adapter_tokenizer
@@ -198,6 +199,10 @@ class Generator:
         it through."""
         learned = name is not None and name in self._resident and self._resident[name].loaded.is_chat
         return learned and bool(self.tokenizer_of(name).chat_template)
+
+    def template_of(self, name: str | None) -> Template | None:
+        """The template of the texts that an adapter in memory has learned."""
+        return self._resident[name].loaded.template if name is not None and name in self._resident else None
 
     def unload(self, name: str) -> None:
         """Drop an adapter from memory."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
 from ..adapters.adapter import Adapter
+from ..data.row_template import Template
 from ..errors import AdapterError, MixedBatchError
 from ..models.delta import load_deltas
 from ..models.experts import ExpertDelta, ExpertWeights
@@ -45,13 +46,15 @@ class LoadedAdapter:
     """LoRA weights in memory, by layer name. Immutable: a newer version is loaded beside one that
     is still in use. `tokenizer` is that of an adapter whose own differs from the base's, `replaced`
     what it has in place of modules of the base, `vocab_size` the number of its token ids, 0 for
-    those of the base; `is_chat` says that it has learned conversations."""
+    those of the base; `is_chat` says that it has learned conversations, `template` in which form
+    it has learned texts."""
 
     layers: dict[str, _LayerLora]
     tokenizer: PreTrainedTokenizerBase | None = None
     replaced: Replacements = field(default_factory=dict)
     vocab_size: int = 0
     is_chat: bool = False
+    template: Template | None = None
     fused: dict[tuple[str, ...], LoraFactors] = field(default_factory=dict)  # a cache
 
     @property
@@ -114,7 +117,13 @@ class MultiLora:
                 layers[module] = _LayerLora(lora_a, scale[:, None] * lora_b, scale - 1)
         replaced = load_replaced(adapter, self._base)
         vocab_size = max((each.vocab_size for each in replaced.values()), default=0)
-        return LoadedAdapter(layers, replaced=replaced, vocab_size=vocab_size, is_chat=adapter.is_chat)
+        return LoadedAdapter(
+            layers,
+            replaced=replaced,
+            vocab_size=vocab_size,
+            is_chat=adapter.is_chat,
+            template=adapter.manifest.template if adapter.manifest else None,
+        )
 
     def untrained(self, loaded: LoadedAdapter) -> LoadedAdapter:
         """The plain base, with rows for the token ids that only the adapter has."""

@@ -45,6 +45,7 @@ class PromptSampler:
         if max(map(len, self.token_ids)) >= base.max_context:
             raise ContextLengthError(f"a prompt fills the context of {base.max_context:,} tokens")
         self.multi_lora = MultiLora(base)
+        self.are_cut = [False] * len(prompts)  # of the last texts, those that a limit has ended
         self.decoder: HFDecoder | None = None  # made with the first texts, as it computes
 
     def _encode(self, prompt: str, *, chat: bool) -> list[int]:
@@ -77,6 +78,7 @@ class PromptSampler:
             if sequence.error:
                 raise sequence.error
             sequence.detokenizer.finish()
+        self.are_cut = [sequence.finish_reason != "stop" for sequence in sequences]
         return [sequence.detokenizer.text for sequence in sequences]
 
     @contextlib.contextmanager

@@ -37,6 +37,7 @@ class RunSamples(TrainerCallback):
         self.setup, self.prompts, self.is_chat = setup, setup.sample_prompts, setup.manifest.is_chat
         self.trackers: Sequence[TrainerCallback] = ()
         self.base_texts: list[str] = []
+        self.base_cut: list[bool] = []
         self.sampler: PromptSampler | None = None
         self.seconds = self.last_seconds = 0.0  # of generating: not in the log yet; of the last time
         self.has_skipped = False
@@ -84,7 +85,9 @@ class RunSamples(TrainerCallback):
             elif not self.has_skipped:
                 self.has_skipped = True
                 self.setup.notify(
-                    Notice(f"Step {step}: no samples, nor at some later steps, as their time is limited.")
+                    Notice(
+                        f"Step {step} and some later ones have no samples: these may take at most 3% of the run."
+                    )
                 )
 
     def finish(self, state: TrainerState, step: int) -> list[Sample]:
@@ -100,18 +103,30 @@ class RunSamples(TrainerCallback):
         last = _entries(state)[-1]["samples"] if _entries(state) else []
         if [sample["prompt"] for sample in last] == self.prompts:
             self.base_texts = [sample["base"] for sample in last]
+            self.base_cut = [sample.get("base_cut", False) for sample in last]
         elif not self.base_texts:
             with self.setup.model.disable_adapter():
                 self.base_texts = self._generate(state)
+            self.base_cut = self.sampler.are_cut if self.sampler else []
 
     def _take(self, state: TrainerState, step: int, *, is_base: bool = False, is_shown: bool = True) -> None:
         """Put the texts of the adapter into log and trackers; `is_base`: they are those of the base."""
         texts = self.base_texts if is_base else self._generate(state)
         if self.sampler is None:
             return
+        cut = self.base_cut if is_base else self.sampler.are_cut
+        facts = zip(self.prompts, self.base_texts, texts, self.base_cut, cut, strict=True)
         samples = [
-            Sample(step=step, prompt=prompt, base=base, adapter=text, chat=self.is_chat)
-            for prompt, base, text in zip(self.prompts, self.base_texts, texts, strict=True)
+            Sample(
+                step=step,
+                prompt=prompt,
+                base=base,
+                adapter=text,
+                chat=self.is_chat,
+                base_cut=base_cut,
+                adapter_cut=adapter_cut,
+            )
+            for prompt, base, text, base_cut, adapter_cut in facts
         ]
         entry = {"samples": [sample.model_dump() for sample in samples], "sample_seconds": self.seconds}
         log: list[LogEntry] = state.log_history
@@ -120,7 +135,7 @@ class RunSamples(TrainerCallback):
         log_samples(self.trackers, samples)
         if is_shown:
             rows = [(f"Step {step} samples", "base", "" if is_base else "adapter")]
-            rows += [(sample.prompt, sample.base, "" if is_base else sample.adapter) for sample in samples]
+            rows += [(*sample.shown[:2], "" if is_base else sample.shown[2]) for sample in samples]
             for row in rows:
                 self.setup.notify(Notice("  ".join(map(fit_width, row, SHOWN_WIDTHS)).rstrip()))
 

@@ -76,6 +76,20 @@ def test_show_has_words_of_list(adapter, columns):
     assert set(words) - {"parent"} <= set(shown)  # this adapter has no parent
 
 
+def test_narrow_list_breaks_no_name(adapter, columns):
+    names = {"base": adapter.manifest.base.model_copy(update={"name": "smollm2-135m"})}
+    data = adapter.manifest.data.model_copy(update={"name": "poems-of-the-sea.txt + data/notes"})
+    manifest = adapter.manifest.model_copy(update=names | {"data": data})
+    (adapter.path / MANIFEST_FILE).write_text(manifest.to_json())
+    for width, is_whole in ((80, False), (120, True)):
+        columns(width)
+        header, line = run("adapters", "list").stdout.splitlines()
+        assert "smollm2-135m" in line
+        assert "poems-of-the-sea.txt + data/notes" in line
+        assert ("size" in header) == is_whole
+    assert str(adapter.path / "README.md") in run("adapters", "show", "reviews").stdout
+
+
 def test_list_shows_broken_adapters(adapter):
     (adapter.path.parent / "broken").mkdir()
     result = run("adapters", "list")

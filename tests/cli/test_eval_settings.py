@@ -9,7 +9,6 @@ import yaml
 from lora_tuner import TrainConfig, train
 from lora_tuner.adapters.adapter import RUN_FILE
 from lora_tuner.cli import options
-from lora_tuner.cli.generate import notify_template
 from lora_tuner.cli.options import eval_sets_from
 from lora_tuner.errors import DataError
 
@@ -80,14 +79,6 @@ def test_template_and_file_settings_are_those_of_training(adapter, told, tmp_pat
     chosen = trained_with(adapter, "other", **template, delimiter="tab", encoding="cp1251")
     (eval_set,) = eval_sets_from({"eval_dataset": "c.csv"}, None, [chosen])
     assert all("Q: \u0442 " in text for text in eval_set.texts)
-
-
-def test_template_is_told_where_prompts_lack_it(adapter, capsys):
-    chosen = trained_with(adapter, template="Q: {q}\nA: {a}", answer_column="a")
-    notify_template(chosen, ["Q: why\nA:"])
-    assert capsys.readouterr().err == ""
-    notify_template(chosen, ["Q: why\nA:", "why"])
-    assert "has learned texts of the form Q: {q}\\nA: {a}: write prompts so." in capsys.readouterr().err
 
 
 def test_settings_that_do_not_fit_are_told(adapter, told, tmp_path):

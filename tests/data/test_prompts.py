@@ -63,10 +63,20 @@ def test_conversation_prompt_is_first_question():
     assert prompts(*rows, conversations=True) == ["Who are you?", "What is it?"]
 
 
-def test_short_questions_come_before_cut():
-    rows = [pair(LONG), pair("Why?"), pair(LONG.replace("one", "1"))]
-    cut = LONG.removesuffix(" thirteen")
-    assert prompts(*rows, conversations=True) == ["Why?", cut, cut.replace("one", "1")]
+def test_short_questions_come_before_long():
+    """None is cut: an answer follows the whole question."""
+    rows = [pair(LONG), pair("Why?"), pair(f"{LONG} or not")]
+    assert prompts(*rows, conversations=True) == ["Why?", LONG, f"{LONG} or not"]
+
+
+def test_prompt_reaches_to_answer():
+    asked = f"Question: {LONG}\n{LONG}\nAnswer:"
+    row = chat.encode_answer(f"{asked} he", (len(asked) + 1, len(asked) + 3))
+    assert prompts(row) == [asked]
+
+
+def test_personal_end_is_left_out():
+    assert prompts(pair(f"{LONG} 0301234"), conversations=True) == [LONG.removesuffix(" thirteen")]
 
 
 def test_prompts_are_distinct_and_three():

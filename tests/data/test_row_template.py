@@ -1,6 +1,7 @@
 """Texts made of columns by a template, and labels of the answer column alone."""
 
 import json
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -11,9 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_tuner import TrainConfig, train
 from lora_tuner.adapters.adapter import RUN_FILE
+from lora_tuner.cli.display import describe_template
 from lora_tuner.data import chat, packing, tokenization
 from lora_tuner.data.dataset import load_dataset
-from lora_tuner.data.row_template import fill_question
+from lora_tuner.data.row_template import fill_question, fill_questions, find_question
 from lora_tuner.data.rows import Source
 from lora_tuner.data.streaming import StreamingDataset
 from lora_tuner.settings_files import resolve_settings
@@ -406,3 +408,53 @@ def test_question_is_filled_in():
         ("nothing", None, "Why?", None),
     ):
         assert fill_question(template, answer, question) == filled
+
+
+def test_question_is_found_in_prompt():
+    both = r"Question: {question}\nAnswer: {answer}"
+    assert find_question(both, "answer", "Question: Why?\nAnswer:") == "Why?"
+    assert find_question(both, "answer", "Question: Why") == "Question: Why"
+    assert find_question("{a} and {b}: {c}", "c", "x and y:") == "x and y:"
+
+
+def test_base_is_asked_as_adapters_are():
+    template = (r"Q: {q}\nA: {a}", "a")
+    assert fill_questions("Why?", {"one": template}) == dict.fromkeys([None, "one"], "Q: Why?\nA:")
+    mixed = {None: "Why?", "one": "Q: Why?\nA:", "two": "Why?", "three": "Why?"}
+    assert fill_questions("Why?", {"one": template, "two": None, "three": ("{a} {b} {c}", "c")}) == mixed
+
+
+def test_template_adapter_is_asked_through_it(template_config):
+    texts = (text.partition(": ")[2] for text in tiny_models.reviews(60))
+    Path("asks.jsonl").write_text(jsonl({"question": f"what of {text[:12]}", "answer": text} for text in texts))
+    trained = ["--template", TEMPLATE, "--answer-column", "answer", "--max-length", 128, "--max-steps", 1]
+    base = template_config().base
+    lines = run(
+        *("train", "--base", base, "--dataset", "asks.jsonl", "--name", "pairs", *trained),
+        *("--eval-rows", 4, "--device", "cpu", "--learning-rate", 0.01),
+    ).stderr.splitlines()
+    (compared,) = (line for line in lines if "cli.py compare" in line)
+    assert compared.startswith("  python cli.py compare 'what of ")
+    greedy = ["--adapter", "pairs", "--greedy", "--max-new-tokens", "4", "--device", "cpu"]
+    asked = run("generate", *greedy, "what now")
+    assert asked.stdout.startswith("Question: what now\nAnswer:")
+    assert "asking through it (--no-chat: bare text)." in asked.stderr
+    typed = run("generate", *greedy, "Question: what now\nAnswer:")
+    assert (typed.stdout, typed.stderr) == (asked.stdout, "")
+    bare = run("generate", *greedy, "--no-chat", "what now")
+    assert bare.stdout.startswith("what now")
+    assert bare.stderr == ""
+    outputs = json.loads(run("compare", *greedy, "what now", "--json").stdout)
+    assert [output["prompt"] for output in outputs] == ["Question: what now\nAnswer:"] * 2
+    session = run("generate", *greedy, stdin="what now\n\n")
+    assert asked.stdout in session.stdout
+    assert "asking through it" in session.stderr
+
+
+def test_several_columns_show_typed_form():
+    template = (r"Subject: {s}\nBody: {b}\nAnswer: {a}", "a")
+    (form,) = describe_template("mail", template, ["hello"])
+    assert r"as $'Subject: ...\nBody: ...\nAnswer:' in bash; when asked, Alt-Enter is a line break." in form
+    (escape,) = describe_template("mail", template, [r"Subject: x\nBody: y\nAnswer:"])
+    assert "is no line break: write $'Subject:" in escape
+    assert describe_template("mail", template, ["Subject: x\nBody: y\nAnswer:"]) == []

@@ -37,6 +37,9 @@ AFTER_ITS_STEPS: dict[str, tuple[str, int]] = {
 }
 
 
+NOTHING_SAVED = "Interrupted before the first step: nothing was saved."
+
+
 def stopped(ended: CommandResult, line: str = "Interrupted.") -> bool:
     assert (ended.status, ended.err.splitlines()[-1]) == (130, line), (ended.status, ended.err)
     return True
@@ -55,7 +58,7 @@ def old(tmp_path: Path) -> Path:
 def test_signal_before_training_leaves_nothing(run, arguments, old, moment, number):
     with unchanged(old):
         ended = run(*arguments, "--overwrite", before=partial(signalled, (BEFORE_IT_RUNS[moment], 1, number)))
-    assert stopped(ended)
+    assert stopped(ended, NOTHING_SAVED)
     assert leftovers() == {str(ADAPTER)}
 
 
@@ -157,7 +160,7 @@ def test_signalled_sweep_resumes_bitwise(run, arguments, old, whole_sweep, momen
     with unchanged(old):
         ended = run(*arguments, *SWEEP, before=partial(signalled, (moment, nth, number)))
     if line is None:
-        assert stopped(ended)
+        assert stopped(ended, NOTHING_SAVED)
         assert leftovers() == {str(ADAPTER)}
         return
     assert stopped(ended, f"{line} Resume with: python cli.py train --resume reviews")
@@ -203,7 +206,7 @@ def test_interrupted_waiting_leaves_nothing(start, arguments, number):
         command.wait_for(lambda: "Waiting" in command.err)
         assert command.err == "Waiting for 1 run in runs: other.\n"
         command.send(number)
-        assert stopped(command.end())
+        assert stopped(command.end(), NOTHING_SAVED)
     assert leftovers() == set()
 
 

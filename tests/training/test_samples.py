@@ -214,7 +214,7 @@ def test_samples_stay_within_budget(settings, monkeypatch):
     assert limits == [10.0] * 4
     assert [sample.step for sample in adapter.samples[:: len(PROMPTS)]] == [0, 1, 4, 8]
     said = [event.text for event in notices if isinstance(event, Notice) and "no samples" in event.text]
-    assert said == ["Step 2: no samples, nor at some later steps, as their time is limited."]
+    assert said == ["Step 2 and some later ones have no samples: these may take at most 3% of the run."]
 
 
 def test_error_ends_samples_not_run(settings, monkeypatch):
@@ -263,7 +263,16 @@ def test_time_limit_cuts_samples(settings, monkeypatch):
     monkeypatch.setattr(samples, "MAX_NEW_TOKENS", 50)
     sampler = samples.PromptSampler(setup.base, ["The plot"], chat=False)
     assert sampler.generate(0) == [""]
+    assert sampler.are_cut == [True]
     assert len(sampler.generate(60)[0]) > 0
+
+
+def test_cut_samples_end_in_mark(settings):
+    adapter = train(settings(max_steps=1, sample_prompt=PROMPTS))
+    (sample, *_) = final_samples(adapter)
+    assert sample.adapter_cut  # after three tokens
+    assert sample.shown[2] == f"{sample.adapter}\u2026"
+    assert sample.shown[2].strip() in (adapter.path / "README.md").read_text().replace("\\", "")
 
 
 @pytest.mark.parametrize(
