@@ -6,6 +6,7 @@ Names come from visitors: adapters are looked up in the listing, new names are c
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -22,7 +23,7 @@ from ...adapters.adapter import (
 )
 from ...adapters.library import Library, read_consistently
 from ...convert.adopt import adopt
-from ...errors import AdapterError, HubError, Notice, WrongBaseError
+from ...errors import AdapterError, GenerationError, HubError, Notice, WrongBaseError
 from ...models import lora
 from ...text import default_adapter_name, display_name, format_bytes, format_count, format_names
 from ..service import ModelService, ServedModel
@@ -139,7 +140,13 @@ class LibraryActions:
         self.check_changeable()
         self.find(name)
         self.library.rename(name, self.check_new_name(new))
+        self._unload(name)
         return f"{name} is now {new}. Requests that use it are answered to their end."
+
+    def _unload(self, name: str) -> None:
+        """Free the memory of an adapter that is gone. Sequences that use it keep it to their end."""
+        with suppress(GenerationError):  # it is not loaded
+            self.service.generator.unload(name)
 
     def describe_loss(self, name: str) -> str:
         """Say what is lost with an adapter: files, and the adapters that name it as a parent."""
@@ -177,6 +184,7 @@ class LibraryActions:
             if os.path.lexists(self.library.path / name):
                 raise
             raise AdapterError(GONE.format(name)) from error  # another visitor was faster
+        self._unload(name)
         return f"{name} was removed."
 
     def verify(self, name: str) -> str:

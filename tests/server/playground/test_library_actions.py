@@ -158,6 +158,7 @@ def test_running_request_outlives_its_adapter(served, actions, library, change):
         release(100)
         text += "".join(chunk.choices[0].text for chunk in stream)
     assert text == expected
+    assert "a" not in served.generator.loaded_adapters
     assert served.post("/v1/completions", model="a", **GREEDY).status_code == 404
     if change == "rename":
         renamed = served.post("/v1/completions", model="c", **GREEDY).json()
