@@ -71,6 +71,7 @@ Work = Literal[
     "library",
     "library-long",
     "push",
+    "save",
 ]
 SHORT_PROMPT = 16_384
 SETTLED_SECONDS = 2.0  # file systems may give two changes within a tick of their clock one time

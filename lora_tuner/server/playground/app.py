@@ -57,6 +57,7 @@ def mount(app: FastAPI, service: ModelService, api_key: str | None) -> FastAPI:
         auth_message="Use any name, and the API key of this server as the password." if api_key else None,
         css_paths=[Path(__file__).with_name(name) for name in ("playground.css", "charts.css")],
         enable_monitoring=False,
+        head=f"<script>{Path(__file__).with_name('playground.js').read_text(encoding='utf-8')}</script>",
         footer_links=[],
         mcp_server=False,
         pwa=False,

@@ -7,7 +7,8 @@ Any text may come from a model or from an unknown adapter, so every value is esc
 import itertools
 import json
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from markupsafe import Markup
 from ...errors import Progress
 from ...inference.sequence import Sequence as TokenSequence
 from ...inference.sequence import TokenLogprobs
-from ...text import display_name, format_share
+from ...text import display_name, format_count, format_share
 from ..responses import OutputReader, token_text
 from ..scheduler import Request
+from .requests import Question
 
 
 @cache
@@ -49,48 +51,70 @@ def failure(text: str) -> Markup:
     return Markup('<p class="failure" role="alert">{}</p>').format(" ".join(text.split()))
 
 
-def outputs(
-    prompt: str,
-    columns: Sequence[tuple[str, Request | str]],
-    chats: Collection[str] = (),
-    below: str = "",
-) -> Markup:
-    """Show the current outputs side by side, each after the prompt and below its title.
+@dataclass(frozen=True)
+class Output:
+    """An output, or the error in its place; None before it begins."""
 
-    Each request has one sequence; a str is an error. Of the titles in `chats` the prompt is a
-    question, which is parted from the answer.
+    title: str
+    question: Question
+    output: Request | str | None
+
+
+def outputs(columns: Sequence[Output], below: str = "", *, tab: str = "", seed: int | None = None) -> Markup:
+    """Show the current outputs side by side, each after its prompt and below its title.
+
+    Each request has one sequence. In a chat the prompt is a question, which is parted from the
+    answer. `tab` and `seed` are for playground.js.
     """
-    busy = any(isinstance(output, Request) and not output.complete for _, output in columns)
-    articles = Markup("").join(_output(title, prompt, output, title in chats) for title, output in columns)
-    return Markup('<div class="answers" aria-live="polite" aria-busy="{}">{}</div>{}').format(
-        str(busy).lower(), articles, note(below) if below else ""
+    busy = any(not isinstance(column.output, str) and not is_complete(column.output) for column in columns)
+    return Markup(
+        '<div class="answers" data-tab="{}" data-seed="{}" aria-live="polite" aria-busy="{}">{}</div>{}'
+    ).format(
+        tab,
+        "" if seed is None else seed,
+        str(busy).lower(),
+        Markup("").join(map(_output, columns)),
+        note(below) if below else "",
     )
 
 
-def _output(title: str, prompt: str, output: Request | str, is_chat: bool) -> Markup:
-    text, error, style, tokens = "", "", Markup(""), Markup("")
+def is_complete(output: Request | None) -> bool:
+    return output is not None and output.complete
+
+
+def _output(column: Output) -> Markup:
+    text, error, style, tokens = "", "", Markup(""), "Waiting ..."
+    output = column.output
     if isinstance(output, str):
-        error = output
-    else:
+        error, tokens = output, ""
+    elif output is not None:
         (sequence,) = output.sequences
         text, count, error = (
             sequence.settled_text,
             len(sequence.output_ids),
             str(output.error or ""),
         )
-        plural, end = "" if count == 1 else "s", ""
+        end = ""
         if sequence.complete and not error:
             end = ", finished" if sequence.finished else ", cut off"
-        tokens = Markup('<p class="facts">{} token{}{}</p>').format(count, plural, end)
-        style = Markup("") if output.complete else Markup(' class="writing"')
-    return Markup('<article{}><h2>{}</h2><p class="text"><span class="{}">{}</span>{}</p>{}{}</article>').format(
+        tokens = format_count(count, "token") + end
+    if not isinstance(output, str) and not is_complete(output):
+        style = Markup(' class="writing"')
+    return Markup(
+        '<article{}><h2>{}</h2><p class="text"><span class="{}">{}</span>{}</p>{}<p class="facts">{}{}</p></article>'
+    ).format(
         style,
-        title,
-        "prompt question" if is_chat else "prompt",
-        prompt,
+        column.title,
+        "prompt question" if column.question.is_chat else "prompt",
+        column.question.text,
         text,
         failure(error) if error else "",
         tokens,
+        Markup('<button type="button" class="copy" aria-label="Copy the text of {}">Copy</button>').format(
+            column.title
+        )
+        if text
+        else "",
     )
 
 
@@ -150,10 +174,3 @@ def progress(event: Progress | None) -> Markup:
         '<div aria-busy="true"><p class="note">{}: {} of {} rows</p>'
         '<progress value="{}" max="{}" aria-label="Rows evaluated"></progress></div>'
     ).format(event.stage, event.done, event.total, event.done, max(event.total, 1))
-
-
-def command(text: str) -> Markup:
-    """Show a command to copy."""
-    return Markup(
-        '<p class="note">Save this blend in the library:</p><pre class="command" tabindex="0">{}</pre>'
-    ).format(text)

@@ -32,6 +32,7 @@ SCROLL_TO_DETAILS = """() => {
     watch.observe(document.body);
     setTimeout(() => watch.disconnect(), 2000);
 }"""
+TABS = ("train", "write", "chat", "blend", "library", "gains", "sweeps")
 
 
 class Page:
@@ -54,42 +55,64 @@ class Page:
         page: gr.Blocks
         with gr.Blocks(title="lora_tuner", analytics_enabled=False) as page:
             gr.HTML(html.head(self.service.name), apply_default_css=False)
-            with gr.Tabs(selected="write") as tabs:
+            with gr.Tabs(selected="write") as self.tabs:
                 with gr.Tab("Train", id="train"):
-                    training = self.train.build(tabs, page)
+                    training = self.train.build(self.tabs, page)
                 with gr.Tab("Write", id="write"):
-                    dropdowns = [self.write.build()]
+                    dropdowns = [self.write.build(page)]
                 with gr.Tab("Chat", id="chat") as tab:
                     chat_model = self.chat.build(tab)
-                with gr.Tab("Blend") as tab:
-                    dropdowns += self.blend.build(tab)
+                with gr.Tab("Blend", id="blend") as tab:
+                    blend_dropdowns, saved = self.blend.build(tab)
+                    dropdowns += blend_dropdowns
                 with gr.Tab("Library", id="library") as tab:
                     refresh_events = self.library.build(tab)
-                with gr.Tab("Gains"):
+                with gr.Tab("Gains", id="gains"):
                     dropdowns += [self.gains.build()]
-                with gr.Tab("Sweeps") as tab:
+                with gr.Tab("Sweeps", id="sweeps") as tab:
                     sweep = self.sweeps.build(tab)
-            opened = on(sweep.select, self.open_in_library, None, [tabs, *self.library.details])
+            opened = on(sweep.select, self.open_in_library, None, [self.tabs, *self.library.details])
             opened.then(None, js=SCROLL_TO_DETAILS, api_visibility="private")
             refresh_events.append(training.ended.change)
-            on([page.load, *refresh_events], self.update_choices, dropdowns, dropdowns)
-            on(training.write.click, self.open_in_write, training.view, [tabs, dropdowns[0]])
-            on(training.chat.click, self.open_in_chat, training.view, [tabs, chat_model])
-            on(page.load, self.first_tab, None, tabs)
+            on(training.write.click, self.open_in_write, training.view, [self.tabs, dropdowns[0]])
+            on(training.chat.click, self.open_in_chat, training.view, [self.tabs, chat_model])
+            on(refresh_events, self.update_choices, dropdowns, dropdowns)
+            if saved is not None:
+                saved.then(
+                    self.update_choices, dropdowns, dropdowns, show_progress="hidden", api_visibility="private"
+                )
+            self.dropdowns = dropdowns
+            controls = [*dropdowns, *self.write.controls.values(), *self.blend.controls.values()]
+            on(page.load, self.load, None, [self.tabs, self.write.output, *dict.fromkeys(controls)])
         page.queue(default_concurrency_limit=None, api_open=False)  # the scheduler has the limit
         return page
+
+    async def load(self, request: gr.Request) -> dict[object, dict[str, object]]:
+        """Choose the newest adapters, and open the tab with the values that the address names; an empty
+        library where it is filled.
+        """
+        names = await self.service.run_in_thread("list", self.write.usable_names)
+        newest = iter([*names[:2], None, None])
+        updates: dict[object, dict[str, object]] = {}
+        for dropdown in self.dropdowns:
+            updates[dropdown] = gr.update(
+                choices=names, value=names[:2] if dropdown.multiselect else next(newest)
+            )
+        assert request.request is not None
+        query = request.request.query_params
+        tab = query.get("tab", "train" if not names and may_train(self.service.config) else "")
+        if tab in TABS:
+            updates[self.tabs] = gr.update(selected=tab)
+        restored = {"write": self.write.restore, "blend": self.blend.restore}.get(tab)
+        for control, update in restored(query, names).items() if restored else ():
+            updates[control] = updates.get(control, {}) | update
+        return updates
 
     async def open_in_library(self, event: gr.EventData) -> AsyncGenerator[tuple[object, ...], None]:
         """Show the details of the adapter whose name was clicked in another tab."""
         async with contextlib.aclosing(self.library.open(event)) as updates:
             async for details in updates:
                 yield gr.Tabs(selected="library"), *details
-
-    async def first_tab(self) -> dict[str, object]:
-        """Open an empty library where it is filled."""
-        names = await self.service.run_in_thread("list", self.write.usable_names)
-        is_first = not names and may_train(self.service.config)
-        return gr.update(selected="train") if is_first else gr.skip()
 
     async def open_in_write(self, view: RunsView) -> list[dict[str, object]]:
         """Open the tab Write with the adapter of the chosen run."""

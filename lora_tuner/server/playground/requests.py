@@ -6,8 +6,10 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from ...config import SamplingParams
+from ...data.row_template import fill_question, question_form
 from ...errors import LoraTunerError
 from ...inference.multi_lora import LoadedAdapter
+from ...text import format_names
 from ..metrics import Metrics, RequestRecord
 from ..scheduler import Request
 from ..service import ModelService, PreparedRequest, Prompt
@@ -15,6 +17,19 @@ from ..service import ModelService, PreparedRequest, Prompt
 FRAME_SECONDS = 0.03  # between two updates of the page
 ModelOutput = Request | str  # a request, or why there is none
 Submit = Callable[[], Awaitable[Request]]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt in the form that a model has learned. `text` is shown before the output, as what is
+    continued or, with `is_chat`, as a question."""
+
+    text: str
+    is_chat: bool = False
+
+    @property
+    def prompt(self) -> Prompt:
+        return as_conversation(self.text) if self.is_chat else self.text
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,35 @@ class PageRequests:
         if chats and chats.issuperset(names) and self.service.base.tokenizer.chat_template:
             chats.add(self.service.name)
         return chats
+
+    async def ask(self, prompt: str, names: Sequence[str]) -> tuple[dict[str, Question], str]:
+        """Return the prompt as the base and each of the adapters is asked it, and a sentence on that.
+
+        An adapter that learned conversations is asked through its chat template; one that learned
+        texts of a template has the prompt filled into it. The base is asked like the adapters if
+        these are asked alike.
+        """
+        chats = await self.chats(names)
+        questions = {name: Question(prompt, name in chats) for name in (self.service.name, *names)}
+        filled, unfilled = [], ""
+        for model in await self.service.run_in_thread("list", self.service.list_models):
+            manifest = model.adapter.manifest if model.adapter else None
+            data = manifest.data if manifest else None
+            if model.id not in names or model.id in chats or data is None or data.template is None:
+                continue
+            text = fill_question(data.template, data.answer_column, prompt)
+            if text is None:
+                form = question_form(data.template, data.answer_column).replace("\n", r"\n")
+                unfilled += f" {model.id} has learned texts of the form “{form}”: write the prompt so."
+            elif text != prompt:
+                questions[model.id] = Question(text)
+                filled.append(model.id)
+        if len(texts := {questions[name].text for name in names}) == 1 and not chats:
+            questions[self.service.name] = Question(texts.pop())
+        asked = format_names([name for name in questions if name in chats])
+        note = f" Asked through the chat template: {asked}." if chats else ""
+        note += f" Filled into the template that was learned: {format_names(filled)}." if filled else ""
+        return questions, note + unfilled
 
     async def submit(
         self, model: str, prompt: Prompt, sampling: SamplingParams, top_logprobs: int | None = None

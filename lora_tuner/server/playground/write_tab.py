@@ -5,74 +5,159 @@ from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 
 import gradio as gr
+from starlette.datastructures import QueryParams
 
-from ...errors import LoraTunerError
-from ...text import format_names
+from ...config import SamplingParams
+from ...errors import ConfigError, LoraTunerError
+from ...settings_files import resolve_settings
 from . import html
-from .common import PageTab, bare_text, buttons, connect_stop, on, sampling_controls
-from .requests import as_conversation
+from .common import (
+    LABELS,
+    SETTINGS,
+    SETTINGS_INFOS,
+    PageTab,
+    bare_text,
+    buttons,
+    connect_stop,
+    keep_address,
+    on,
+    sampling_controls,
+    show_problems,
+)
+from .html import Output
+from .requests import Question
+
+PROMPT = "The story"
+INFOS = {"prompt": "Enter generates, Shift+Enter starts a new line.", **SETTINGS_INFOS}
+# Name of each control in the page's address, and the value that is left out of it.
+ADDRESS = {"prompt": None, "adapter": None, "bare": False} | {
+    name: SamplingParams.model_fields[name].default for name in SETTINGS
+}
 
 
 class WriteTab(PageTab):
-    """Continue a prompt, or ask it, with the base and adapters. Returns the choice of adapters."""
+    """Continue a prompt, or ask it, with the base and adapters."""
 
-    def build(self) -> gr.Dropdown:
-        with gr.Row():
-            prompt = gr.Textbox(
-                "The story",
-                label="Prompt",
-                info="Enter generates, Shift+Enter starts a new line.",
-                max_lines=12,
-                scale=3,
-            )
-            names = self.adapters_dropdown("Compared with the base.", scale=2)
-        settings = sampling_controls()
-        with gr.Row():
-            start, stop = buttons("Generate")
-            bare = bare_text()
-        output = gr.HTML(
-            html.note("Press Generate to run the prompt on the base and each adapter, side by side."),
-            apply_default_css=False,
-        )
-        connect_stop(
-            on(
-                [start.click, prompt.submit],
-                self.generate,
-                [prompt, names, bare, *settings],
-                output,
-            ),
-            stop,
-            output,
-        )
+    def build(self, page: gr.Blocks) -> gr.Dropdown:
+        """Add the tab, and return the choice of adapters."""
+        with gr.Row(elem_classes="workspace"):
+            with gr.Column(scale=3, min_width=320):
+                with gr.Row():
+                    prompt = gr.Textbox(
+                        PROMPT,
+                        label="Prompt",
+                        info=INFOS["prompt"],
+                        lines=1,
+                        max_lines=12,
+                        scale=3,
+                        min_width=320,
+                    )
+                    names = self.adapters_dropdown("Compared with the base.", scale=2)
+                with gr.Row():
+                    start, stop = buttons("Generate")
+                    again = gr.Button("Regenerate", scale=0, min_width=120, elem_classes="with-answers")
+                output = gr.HTML(
+                    html.note("Press Generate to run the prompt on the base and each adapter, side by side."),
+                    apply_default_css=False,
+                    elem_classes="output",
+                )
+            with gr.Column(scale=1, min_width=260):
+                settings = sampling_controls()
+                bare = bare_text()
+                earlier = gr.Dropdown(
+                    label="Earlier prompts",
+                    info="Kept in this browser alone.",
+                    visible=False,
+                    elem_classes="earlier",
+                )
+                forget = gr.Button("Forget earlier prompts", size="sm", visible=False)
+        self.controls: dict[str, gr.Component] = {
+            "prompt": prompt,
+            "adapter": names,
+            "bare": bare,
+            **dict(zip(SETTINGS, settings, strict=True)),
+        }
+        self.output = output
+        values, fields = list(self.controls.values()), [self.controls[name] for name in INFOS]
+        prompts = [earlier, forget]
+        on(again.click, None, None, self.controls["seed"], js="() => ['']")  # before the next event
+        generation = on([start.click, prompt.submit, again.click], self.generate, values, [output, *fields])
+        connect_stop(generation, stop, output)
+        keep_address("write", ADDRESS, values, generation)
+        on([start.click, prompt.submit], None, prompt, prompts, js="prompt => lora_tuner.rememberPrompt(prompt)")
+        on(page.load, None, None, prompts, js="() => lora_tuner.earlierPrompts()")
+        on(page.load, None, output, output, js="value => lora_tuner.takeAnswers(value)")
+        on(earlier.input, None, earlier, [prompt, earlier], js="prompt => [prompt, null]")
+        on(forget.click, None, None, prompts, js="() => lora_tuner.forgetPrompts()")
         return names
 
     async def generate(
         self, prompt: str, names: Sequence[str], bare: bool, *settings: float | str | None
-    ) -> AsyncGenerator[str, None]:
+    ) -> AsyncGenerator[list[object], None]:
         """Stream the outputs of the base and the adapters, side by side and with one seed.
 
-        Adapters that have learned conversations are asked through the chat template, unless `bare`.
+        Each is asked in the form that it has learned, unless `bare`. Yields updates of the output and
+        of the controls in `INFOS`; a problem with one of these leaves the output as it is.
         """
         try:
+            if not prompt.strip():
+                raise ConfigError("The prompt is empty.", {"prompt": "enter a prompt"})
             sampling = self.sampling_params(settings)
             await self.service.encode_all([prompt])  # an error of it is shown once
         except LoraTunerError as error:
-            yield self.failure(error)
+            problems = getattr(error, "problems", None) or {"prompt": self.service.hide_paths(str(error))}
+            yield [gr.skip(), *show_problems(INFOS, problems)]
             return
         note = (
             "Greedy decoding: the output is always the same."
             if sampling.seed is None
             else f"Seed {sampling.seed}: set it to get the same output again."
         )
-        models = [self.service.name, *names]
-        chats = set() if bare else await self.requests.chats(names)
-        if chats:
-            asked = format_names([name for name in models if name in chats])
-            note += f" Asked through the chat template: {asked}."
-        submits = []
-        for name in models:
-            text = as_conversation(prompt) if name in chats else prompt
-            submits.append((name, partial(self.requests.submit, name, text, sampling)))
+        show = partial(html.outputs, tab="write", seed=sampling.seed)
+        questions = {name: Question(prompt) for name in (self.service.name, *names)}
+        columns = [Output(name, question, None) for name, question in questions.items()]
+        yield [show(columns, note), *show_problems(INFOS)]
+        if not bare:
+            questions, form = await self.requests.ask(prompt, names)
+            note += form
+        submits = [
+            (name, partial(self.requests.submit, name, question.prompt, sampling))
+            for name, question in questions.items()
+        ]
+        unchanged = [gr.skip()] * len(INFOS)
         async with contextlib.aclosing(self.requests.follow(prompt, submits)) as updates:
             async for outputs in updates:
-                yield html.outputs(prompt, list(zip(models, outputs, strict=True)), chats, note)
+                columns = [
+                    Output(name, questions[name], output) for name, output in zip(questions, outputs, strict=True)
+                ]
+                yield [show(columns, note), *unchanged]
+
+    def restore(self, query: QueryParams, names: Sequence[str]) -> dict[object, dict[str, object]]:
+        """Return updates with the values in the page's address; a line says which are not used.
+
+        Args:
+            query: the query of the address, which may hold anything.
+            names: the adapters that can be used.
+        """
+        known = [name for name in dict.fromkeys(query.getlist("adapter")) if name in names]
+        ignored = [
+            f"adapter {name}: not in the library" for name in query.getlist("adapter") if name not in names
+        ]
+        values: dict[str, object] = {"adapter": known, "bare": query.get("bare") == "true"}
+        values["prompt"] = query.get("prompt", PROMPT)
+        for name in SETTINGS:
+            if name not in query:
+                continue
+            try:
+                value = query[name].split("\n") if name == "stop" else query[name]
+                read = resolve_settings(SamplingParams, {name: value})
+            except ConfigError as error:
+                ignored.append(f"{LABELS[name]}: {error.problems[name]}")
+            else:
+                values[name] = query[name] if name in ("stop", "seed") else getattr(read, name)
+        updates: dict[object, dict[str, object]] = {
+            self.controls[name]: gr.update(value=value) for name, value in values.items()
+        }
+        if ignored:
+            updates[self.output] = gr.update(value=html.note(f"Not used of this address: {'; '.join(ignored)}."))
+        return updates

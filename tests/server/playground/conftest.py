@@ -87,8 +87,8 @@ def visit(context, served):
     """Return a function that opens the page. Fails on problems."""
     pages, problems = [], []
 
-    def visit():
-        pages.append(open_page(context, served.url, problems))
+    def visit(path="/"):
+        pages.append(open_page(context, served.url, problems, path))
         return pages[-1]
 
     yield visit

@@ -25,8 +25,8 @@ from .browser import (
     waiting_for_events,
 )
 
-GREEDY = (12, 0.8, 0.95, 50, 1.0, "", True)
-RANDOM = (12, 0.8, 0.95, 50, 1.0, "", False)
+GREEDY = (12, 0.8, 0.95, 50, 1.0, "", "", True)
+RANDOM = (12, 0.8, 0.95, 50, 1.0, "", "", False)
 
 
 class Visitor:
@@ -140,7 +140,7 @@ def test_edited_question_is_asked_anew(served, visitor):
 def test_errors_keep_conversation(visitor):
     visitor.ask("so?")
     before = visitor.answers
-    wrong = (12, 0.8, 0, 50, 1.0, "", False)
+    wrong = (12, 0.8, 0, 50, 1.0, "", "", False)
     for question, settings, line in (
         (" \n", GREEDY, "Write a question first."),
         ("and\0?", GREEDY, "null bytes"),

@@ -42,7 +42,7 @@ def test_hostile_text_is_escaped(visit):
     open_tab(page, "Write")
     prompt_of(page).fill(HOSTILE)
     set_greedy(page, 5)
-    page.get_by_role("button", name="Generate").click()
+    page.get_by_role("button", name="Generate", exact=True).click()
     wait_for_outputs(page)
     expect(page.locator(".prompt").first).to_have_text(HOSTILE)
     assert page.locator("img[src*=elsewhere], .card script, .answers script").count() == 0
@@ -56,11 +56,11 @@ def test_page_works_by_keyboard(visit):
     page.keyboard.type(PROMPT)
     page.keyboard.press("Enter")
     wait_for_outputs(page)
-    passed = tab_to(page, "Stop")
-    expected = ["Adapters", "Sampling settings", "Generate", "Stop"]
+    passed = tab_to(page, "Sampling settings")
+    expected = ["Adapters", "Generate", "Regenerate", "Copy the text of noir", "Sampling settings"]
     assert [name for name in passed if name in expected] == expected
     first = page.locator(".note:visible").inner_text()  # with its seed
-    page.keyboard.press("Shift+Tab")
+    page.get_by_role("button", name="Regenerate").focus()
     page.keyboard.press("Enter")
     expect(page.locator(".note:visible")).not_to_have_text(first)
     wait_for_outputs(page)
@@ -92,7 +92,7 @@ def fill_tabs(page):
     """Fill each tab in turn, and yield its name."""
     prompt_of(page).fill(f"{PROMPT} {'x' * 60}")
     open_settings(page)
-    page.get_by_role("button", name="Generate").click()
+    page.get_by_role("button", name="Generate", exact=True).click()
     wait_for_outputs(page)
     yield "generate"
     open_tab(page, "Chat")
@@ -183,7 +183,7 @@ def test_page_requires_key_and_drains_on_shutdown(browser, gpt2, adapters):
                 page.get_by_role("button", name="Login").click()
         with served.held_steps() as release:
             release(5)
-            page.get_by_role("button", name="Generate").click()
+            page.get_by_role("button", name="Generate", exact=True).click()
             expect(page.locator(".facts").first).to_have_text(re.compile("[1-9] tokens"))
             served.server.handle_exit(signal.SIGTERM, None)
             served.wait(lambda: not served.scheduler.accepting)
@@ -218,7 +218,7 @@ def test_screenshot(browser, monkeypatch):
         page.get_by_label("Seed").fill("1")
         page.get_by_label("Max new tokens").fill("66")
         page.get_by_role("button", name="Sampling settings").click()
-        page.get_by_role("button", name="Generate").click()
+        page.get_by_role("button", name="Generate", exact=True).click()
         expect(page.locator(".answers")).to_have_attribute("aria-busy", "false", timeout=120_000)
         page.screenshot(path=SCREENSHOT)
         page.close()

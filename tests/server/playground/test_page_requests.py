@@ -165,19 +165,19 @@ def test_page_outputs_are_counted_and_logged(served, playground, caplog):
                 if not count:
                     break
 
-    settings = [5, 0.8, 0.95, 50, 1.1, "", False]
+    settings = [5, 0.8, 0.95, 50, 1.1, "", "", False]
     run_async(consume(page.write.generate(PROMPT, ["a", "b"], False, *settings), 1000))
     run_async(consume(page.blend.blend(PROMPT, "a", "b", 0.5, False, playground.blend.SliderState()), 1000))
     with served.held_steps():
-        run_async(consume(page.write.generate(PROMPT, [], False, *settings), 1))
+        run_async(consume(page.write.generate(PROMPT, [], False, *settings), 2))
     text = metrics.text().decode()
-    for model, count in (("talker", 2), ("a", 1), ("b", 1), ("", 1)):
+    for model, count in (("talker", 2), ("a", 1), ("b", 1), ("", 3)):
         assert f'lora_tuner_requests_total{{endpoint="page",model="{model}",status="200"}} {count}.0' in text
     assert 'lora_tuner_tokens_total{kind="completion",model="a"} 5.0' in text
     lines = [record.msg for record in caplog.records if record.name == "lora_tuner.server"]
     assert {line["path"] for line in lines} == {"page"}
     assert sorted((line["model"] or "", line["completion_tokens"], line["complete"]) for line in lines) == [
-        ("", playground.blend.BLEND_TOKENS, True),
+        *[("", playground.blend.BLEND_TOKENS, True)] * 3,
         ("a", 5, True),
         ("b", 5, True),
         ("talker", 0, False),
@@ -190,7 +190,7 @@ def shown(updates):
     """Return by title whether the prompt is marked as a question, and the text after it, and the note below."""
 
     async def last():
-        return [update async for update in updates][-1]
+        return [update[0] async for update in updates][-1]
 
     html = str(run_async(last()))
     articles = re.findall(
@@ -207,7 +207,7 @@ def test_page_asks_chat_adapters(served, playground, base, adapters):
         data = manifest.data.model_copy(update={"format": "messages"})
         (folder / MANIFEST_FILE).write_text(manifest.model_copy(update={"data": data}).to_json())
     page = playground.Page(served.service, Metrics(served.service))
-    greedy_settings = [12, 0.8, 0.95, 50, 1.0, "", True]
+    greedy_settings = [12, 0.8, 0.95, 50, 1.0, "", "", True]
     generator = Generator(adapters_dir=adapters, options=ModelOptions(base=str(base), device="cpu"))
     try:
         for names, bare, asked in (
@@ -228,9 +228,40 @@ def test_page_asks_chat_adapters(served, playground, base, adapters):
             assert ("Asked through the chat template: " in html) == bool(asked)
         for bare in (False, True):
             columns, _ = shown(page.blend.blend(PROMPT, "talk", "a", 0.5, bare, playground.blend.SliderState()))
-            assert [is_question for is_question, _ in columns.values()] == [not bare]
+            assert [is_question for is_question, _ in columns.values()] == [not bare, not bare, False]
     finally:
         for name in ("talk", "more"):
+            shutil.rmtree(adapters / name)
+
+
+def test_page_fills_learned_template(served, playground, base, adapters):
+    """As texts of the adapter began; the base alike, and one with several columns says how to write."""
+    template = "Review: {text}\\nVerdict: {verdict}"
+    for seed, (name, learned) in enumerate({"one": template, "two": template.replace("Rev", "{a} Rev")}.items()):
+        folder = write_adapter(adapters, name, base, seed + 5)
+        manifest = load_adapter_folder(folder).manifest
+        data = manifest.data.model_copy(update={"template": learned, "answer_column": "verdict"})
+        (folder / MANIFEST_FILE).write_text(manifest.model_copy(update={"data": data}).to_json())
+    page = playground.Page(served.service, Metrics(served.service))
+    settings = [3, 0.8, 0.95, 50, 1.0, "", "", True]
+    filled = f"Review: {PROMPT}\nVerdict:"
+    try:
+        for names, bare, prompts, note in (
+            (["one"], False, [filled, filled], "Filled into the template that was learned: one."),
+            (["one", "a"], False, [PROMPT, filled, PROMPT], "learned: one."),
+            (["one"], True, [PROMPT, PROMPT], ""),
+            (
+                ["two"],
+                False,
+                [PROMPT, PROMPT],
+                r"two has learned texts of the form “... Review: ...\nVerdict:”: write the prompt so.",
+            ),
+        ):
+            _, html = shown(page.write.generate(PROMPT, names, bare, *settings))
+            assert re.findall(r'<span class="prompt">(.*?)</span>', html, re.S) == prompts
+            assert note in html
+    finally:
+        for name in ("one", "two"):
             shutil.rmtree(adapters / name)
 
 

@@ -73,7 +73,7 @@ def reviews(tmp_path):
 
 def visit(browser, url, problems):
     """Open the tab Train as a visitor of their own."""
-    return open_page(browser.new_context(base_url=url), url, problems, WAIT)
+    return open_page(browser.new_context(base_url=url), url, problems, timeout=WAIT)
 
 
 def drop(page, file, settings):
