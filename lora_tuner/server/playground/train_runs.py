@@ -4,6 +4,7 @@ Runs are processes of their own (`training/jobs`), so the page only reads what t
 is sent what has changed since the last look, as long as the tab is open and a run lives.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +21,7 @@ from . import html, train_form, train_html
 from .common import PageTab, on
 
 POLL_SECONDS = 2.0
+REST = 50  # times as long as a look at the files of a run took, until the next: 2% of a core for a visitor
 LOG_LINES = 40
 _LOG_BYTES = 20_000
 _ENDED = (JobState.STOPPED, JobState.FAILED, JobState.FINISHED)
@@ -37,6 +39,7 @@ class RunsView:
     ended: int = 0  # runs, since the page was opened
     invalid: set[str] = field(default_factory=set)  # settings that show a problem
     files: tuple[object, ...] = ()  # identity of those that the pictures were made of
+    rests_until: float = 0.0  # before that, they are not made again for new steps alone
     shown: dict[str, object] = field(default_factory=dict)
 
     def change(self, key: str, value: object) -> object:
@@ -180,17 +183,22 @@ class TrainRuns(PageTab):
         if job.state == JobState.FINISHED:
             folder = self.service.generator.library.path / job.name
         files = [folder / METRICS_FILE, folder / SAMPLES_FILE, *([job.log] if job.log else [])]
-        identity = (job, view.problem, *map(_file_identity, files))
-        if identity == view.files:
+        identity = (job.name, job.state, view.problem, job.step, *map(_file_identity, files))
+        has_only_grown = identity[:3] == view.files[:3]
+        start = time.monotonic()
+        if identity == view.files or (has_only_grown and start < view.rests_until):
             return [gr.skip()] * 3
         view.files = identity
         live, log = jobs.read_live(folder), self.service.hide_paths(_last_lines(job.log)) if job.log else ""
         problem = view.problem or (self.in_words(job.problem) if job.problem else "")
-        return [
+        updates = [
             view.change("details", train_html.run(job, live, problem, log.rpartition("\n")[2])),
             view.change("samples", train_html.samples(live.samples)),
             view.change("log", train_html.log(log)),
         ]
+        now = time.monotonic()
+        view.rests_until = now + REST * (now - start)
+        return updates
 
 
 def _pause_or_continue(job: Job) -> None:

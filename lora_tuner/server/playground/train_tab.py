@@ -229,9 +229,14 @@ class TrainTab(PageTab):
         names = await self.service.run_in_thread("list", self.usable_names)
         return gr.update(choices=[train_form.FRESH, *names], value=selected if selected in names else "")
 
-    async def load(self, view: RunsView) -> list[object]:
-        """Show all runs at the start, with the form closed if one lives. An empty library opens on this tab."""
-        view.is_open = not await self.service.run_in_thread("list", self.usable_names)
+    async def load(self, view: RunsView, request: gr.Request) -> list[object]:
+        """Show all runs at the start, with the form closed if one lives.
+
+        The tab is open if the address names it; if that names none, with an empty library.
+        """
+        tab = request.query_params.get("tab")
+        names = await self.service.run_in_thread("list", self.usable_names)
+        view.is_open = tab == "train" or (tab is None and not names)
         updates = await self.runs.look(view)
         return [gr.update(open=False) if view.alive else gr.skip(), *updates]
 

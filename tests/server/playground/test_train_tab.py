@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import time
 from types import SimpleNamespace
 
 import gradio as gr
@@ -332,6 +333,12 @@ def test_stopped_run_is_shown_once(tab, stopped):
     assert shown["timer"] == gr.update(active=False)
     assert look(tab, view) == {}  # nothing is sent again
     add_metrics(stopped, 4)
+    view.rests_until = time.monotonic() + 60  # as after a look at very many steps
+    assert look(tab, view) == {}
+    view.problem = "It failed."
+    assert "It failed." in look(tab, view)["details"]
+    view.rests_until = 0.0
+    add_metrics(stopped, 5)
     assert [*look(tab, view)] == ["details"]
 
 
