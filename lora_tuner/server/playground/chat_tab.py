@@ -15,11 +15,21 @@ from ...config import INVALID_TEXT
 from ...errors import ConfigError, LoraTunerError
 from ...models.tokenizer import has_chat_template
 from . import feedback, html
-from .common import PageTab, buttons, connect_stop, on, sampling_controls
+from .common import (
+    SETTINGS_INFOS,
+    TOP_LOGPROBS,
+    PageTab,
+    buttons,
+    connect_stop,
+    on,
+    sampling_controls,
+    show_problems,
+    token_probabilities,
+)
 from .conversation import Conversation, Turn
 from .uploads import may_train
 
-TOP_LOGPROBS = 5
+INFOS = {"message": "Enter sends, Shift+Enter starts a new line.", **SETTINGS_INFOS}
 EMPTY = "Ask a question. Each answer names the model that gave it."
 # Also follows the answer as it grows, and gives the focus back to a button that is drawn anew.
 SCRIPT = """let last = null, follow = true;
@@ -41,7 +51,6 @@ EDITING = Markup(
     '<p class="note" role="status">Editing question {0}: it is asked anew, and what follows it is dropped. '
     '<button type="button" data-action="cancel" data-turn="{0}">Cancel</button></p>'
 )
-SKIP = [gr.skip()] * 3  # of all but the last output
 Update = object  # of a component
 
 
@@ -57,22 +66,18 @@ class ChatTab(PageTab):
             with gr.Column(elem_classes="conversation"):
                 history = gr.HTML(apply_default_css=False, js_on_load=SCRIPT)
                 current = gr.HTML(html.note(EMPTY), apply_default_css=False, js_on_load=SCRIPT)
-            said = gr.HTML(apply_default_css=False, js_on_load=SCRIPT)
+            said = gr.HTML(apply_default_css=False, js_on_load=SCRIPT, elem_classes="output")
             message = gr.Textbox(
                 "",
                 label="Message",
-                info="Enter sends, Shift+Enter starts a new line.",
+                info=INFOS["message"],
                 max_lines=12,
                 elem_id="message",
             )
             with gr.Row():
                 start, stop = buttons("Send")
                 new = gr.Button("New conversation", scale=0, min_width=220)
-                probabilities = gr.Checkbox(
-                    label="Token probabilities",
-                    info="Of the next answers, on hover and as a list.",
-                    container=False,
-                )
+                probabilities = token_probabilities()
             with gr.Accordion("System message", open=False):
                 system = gr.Textbox(
                     "", label="System message", info="Stands before the conversation. Empty: none.", max_lines=12
@@ -80,8 +85,9 @@ class ChatTab(PageTab):
             settings = sampling_controls()
         conversation = gr.State(Conversation())
         shown = [message, history, current, said]
+        fields = [*shown, *settings]
         inputs = [message, conversation, model, system, probabilities, *settings]
-        answer = on([start.click, message.submit, current.retry], self.answer, inputs, shown)
+        answer = on([start.click, message.submit, current.retry], self.answer, inputs, fields)
         connect_stop(answer, stop, current)
         answer.then(self.show, conversation, shown, show_progress="hidden", api_visibility="private")
         on([history.select, current.select, said.select], self.act, conversation, shown, trigger_mode="multiple")
@@ -131,16 +137,20 @@ class ChatTab(PageTab):
         name = model or self.service.name
         try:
             if not again and not question.strip():
-                raise ConfigError("Write a question first.")
+                raise ConfigError("The question is empty.", {"message": "enter a question"})
             if INVALID_TEXT.search(question + system):
-                raise ConfigError("A message cannot contain null bytes or lone surrogates.")
+                problem = "a null byte or lone surrogate cannot be sent"
+                raise ConfigError(problem, {"message": problem})
             sampling = self.sampling_params(settings)
         except ConfigError as error:
-            yield [*SKIP, self.failure(error)]
+            field, *fields = show_problems(INFOS, error.problems or {"message": str(error)})
+            yield [field, *[gr.skip()] * 3, *fields]
             return
         await self._end(conversation)
         answer = conversation.answer(name, system) if again else conversation.ask(question, name, system)
-        yield ["", self._history(conversation), self._current(conversation), ""]
+        field, *fields = show_problems(INFOS)
+        draft = {} if again else {"value": ""}
+        yield [field | draft, self._history(conversation), self._current(conversation), "", *fields]
         try:
             top = TOP_LOGPROBS if probabilities else None
             submit = partial(self.requests.submit, name, answer.messages, sampling, top)
@@ -148,7 +158,7 @@ class ChatTab(PageTab):
             async with contextlib.aclosing(self.requests.follow(asked, [(name, submit)])) as updates:
                 async for (output,) in updates:
                     answer.read(output)
-                    yield [gr.skip(), gr.skip(), self._current(conversation), gr.skip()]
+                    yield [gr.skip(), gr.skip(), self._current(conversation), *[gr.skip()] * len(INFOS)]
         finally:
             answer.writing = False  # also when it is stopped: `show` follows
 
@@ -166,7 +176,7 @@ class ChatTab(PageTab):
         """Do what a button in the conversation says: edit a question, rate an answer, show another one."""
         action, number = _event_value(event, "action"), _event_value(event, "turn")
         if conversation.writing or not isinstance(number, int) or not 0 < number <= len(conversation.turns):
-            return [*SKIP, gr.skip()]
+            return [gr.skip()] * 4
         turn, message, said = conversation.turns[number - 1], gr.skip(), Markup("")
         if action == "edit":
             conversation.edited, message = number - 1, turn.question
@@ -194,9 +204,10 @@ class ChatTab(PageTab):
         return html.note(f"{done} {feedback.FILE} in the folder of runs.")
 
     async def restart(self, conversation: Conversation) -> list[Update]:
-        """Forget the conversation."""
+        """Forget the conversation, but not a question that is being written."""
+        message = gr.skip() if conversation.edited is None else ""
         conversation.turns, conversation.edited = [], None
-        return ["", "", self._current(conversation), ""]
+        return [message, "", self._current(conversation), ""]
 
     def _history(self, conversation: Conversation) -> Markup:
         return (

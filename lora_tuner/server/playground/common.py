@@ -20,7 +20,7 @@ from ...settings_files import resolve_settings
 from ..protocol import MAX_STOPS
 from ..service import ModelService, ServedModel
 from . import html
-from .requests import PageRequests
+from .requests import ModelOutput, PageRequests
 
 SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed", "greedy")
 SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "seed")  # without effect in greedy decoding
@@ -28,6 +28,7 @@ LABELS = {name: name.replace("_", " ").capitalize() for name in SETTINGS} | {"st
 SETTINGS_INFOS = {
     name: str(SamplingParams.model_fields[name].description).replace("--", "") for name in SETTINGS
 } | {"stop": r"The output ends before one of these. One per line; \n is a line break."}
+TOP_LOGPROBS = 5  # likeliest tokens that are shown for each one
 CLEAR_BUSY = """html => html.replace('aria-busy="true"', 'aria-busy="false"')"""
 
 GONE = "{} is no longer in the library: it was renamed or removed."
@@ -65,6 +66,13 @@ class PageTab:
         """Create a choice of adapters, the two newest at first."""
         names = self.usable_names()
         return gr.Dropdown(names, value=names[:2], multiselect=True, label="Adapters", info=info, scale=scale)
+
+    async def token_probabilities(self, output: ModelOutput) -> tuple[Markup, Markup] | None:
+        """Show the probabilities of an output's tokens; None for an error in its place."""
+        if isinstance(output, str):
+            return None
+        (sequence,) = output.sequences
+        return await self.service.run_in_thread("format", partial(html.token_probabilities, sequence))
 
     def sampling_params(self, settings: Sequence[float | str | None]) -> SamplingParams:
         """Read the values of `sampling_controls`; the seed is chosen unless one is given.
@@ -182,6 +190,15 @@ def buttons(name: str) -> tuple[gr.Button, gr.Button]:
     playground.js enables the stop button while a part of its tab has aria-busy="true"."""
     return gr.Button(name, variant="primary", scale=0, min_width=120), gr.Button(
         "Stop", scale=0, min_width=90, elem_classes="while-busy"
+    )
+
+
+def token_probabilities() -> gr.Checkbox:
+    return gr.Checkbox(
+        label="Token probabilities",
+        info="Of the next outputs: on hover, and as a list.",
+        container=False,
+        min_width=280,
     )
 
 

@@ -125,13 +125,13 @@ class Conversation:
         """Begin a turn, in place of the one that is being edited and of those after it."""
         if self.edited is not None:
             del self.turns[self.edited :]
-        self.edited = None
         self.turns = [turn for turn in self.turns if turn.answer.text]  # others were no part of it
         self.turns.append(Turn(question))
         return self.answer(model, system)
 
     def answer(self, model: str, system: str) -> Answer:
         """Begin an answer to the last question, beside those that it has."""
+        self.edited = None
         answer = Answer(model, tuple(self._messages(system)))
         self.turns[-1].add(answer)
         return answer

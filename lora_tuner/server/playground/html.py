@@ -53,11 +53,13 @@ def failure(text: str) -> Markup:
 
 @dataclass(frozen=True)
 class Output:
-    """An output, or the error in its place; None before it begins."""
+    """An output, or the error in its place; None before it begins. `tokens` is what
+    `token_probabilities` makes of it."""
 
     title: str
     question: Question
     output: Request | str | None
+    tokens: tuple[Markup, Markup] | None = None
 
 
 def outputs(columns: Sequence[Output], below: str = "", *, tab: str = "", seed: int | None = None) -> Markup:
@@ -83,8 +85,9 @@ def is_complete(output: Request | None) -> bool:
 
 
 def _output(column: Output) -> Markup:
+    text: str
     text, error, style, tokens = "", "", Markup(""), "Waiting ..."
-    output = column.output
+    output, listed = column.output, Markup("")
     if isinstance(output, str):
         error, tokens = output, ""
     elif output is not None:
@@ -98,10 +101,13 @@ def _output(column: Output) -> Markup:
         if sequence.complete and not error:
             end = ", finished" if sequence.finished else ", cut off"
         tokens = format_count(count, "token") + end
+    if column.tokens:
+        spans, listed = column.tokens
+        text = Markup("<span>{}</span>").format(spans)
     if not isinstance(output, str) and not is_complete(output):
         style = Markup(' class="writing"')
     return Markup(
-        '<article{}><h2>{}</h2><p class="text"><span class="{}">{}</span>{}</p>{}<p class="facts">{}{}</p></article>'
+        '<article{}><h2>{}</h2><p class="text"><span class="{}">{}</span>{}</p>{}<p class="facts">{}{}</p>{}</article>'
     ).format(
         style,
         column.title,
@@ -115,6 +121,7 @@ def _output(column: Output) -> Markup:
         )
         if text
         else "",
+        listed,
     )
 
 

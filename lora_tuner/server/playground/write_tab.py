@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import gradio as gr
@@ -15,6 +16,7 @@ from .common import (
     LABELS,
     SETTINGS,
     SETTINGS_INFOS,
+    TOP_LOGPROBS,
     PageTab,
     bare_text,
     buttons,
@@ -23,6 +25,7 @@ from .common import (
     on,
     sampling_controls,
     show_problems,
+    token_probabilities,
 )
 from .html import Output
 from .requests import Question
@@ -30,7 +33,7 @@ from .requests import Question
 PROMPT = "The story"
 INFOS = {"prompt": "Enter generates, Shift+Enter starts a new line.", **SETTINGS_INFOS}
 # Name of each control in the page's address, and the value that is left out of it.
-ADDRESS = {"prompt": None, "adapter": None, "bare": False} | {
+ADDRESS = {"prompt": None, "adapter": None, "bare": False, "probabilities": False} | {
     name: SamplingParams.model_fields[name].default for name in SETTINGS
 }
 
@@ -63,7 +66,7 @@ class WriteTab(PageTab):
                 )
             with gr.Column(scale=1, min_width=260):
                 settings = sampling_controls()
-                bare = bare_text()
+                bare, probabilities = bare_text(), token_probabilities()
                 earlier = gr.Dropdown(
                     label="Earlier prompts",
                     info="Kept in this browser alone.",
@@ -75,6 +78,7 @@ class WriteTab(PageTab):
             "prompt": prompt,
             "adapter": names,
             "bare": bare,
+            "probabilities": probabilities,
             **dict(zip(SETTINGS, settings, strict=True)),
         }
         self.output = output
@@ -92,7 +96,12 @@ class WriteTab(PageTab):
         return names
 
     async def generate(
-        self, prompt: str, names: Sequence[str], bare: bool, *settings: float | str | None
+        self,
+        prompt: str,
+        names: Sequence[str],
+        bare: bool,
+        probabilities: bool,
+        *settings: float | str | None,
     ) -> AsyncGenerator[list[object], None]:
         """Stream the outputs of the base and the adapters, side by side and with one seed.
 
@@ -120,8 +129,9 @@ class WriteTab(PageTab):
         if not bare:
             questions, form = await self.requests.ask(prompt, names)
             note += form
+        top = TOP_LOGPROBS if probabilities else None
         submits = [
-            (name, partial(self.requests.submit, name, question.prompt, sampling))
+            (name, partial(self.requests.submit, name, question.prompt, sampling, top))
             for name, question in questions.items()
         ]
         unchanged = [gr.skip()] * len(INFOS)
@@ -131,6 +141,12 @@ class WriteTab(PageTab):
                     Output(name, questions[name], output) for name, output in zip(questions, outputs, strict=True)
                 ]
                 yield [show(columns, note), *unchanged]
+        if probabilities:
+            columns = [
+                replace(column, tokens=await self.token_probabilities(output))
+                for column, output in zip(columns, outputs, strict=True)
+            ]
+            yield [show(columns, note), *unchanged]
 
     def restore(self, query: QueryParams, names: Sequence[str]) -> dict[object, dict[str, object]]:
         """Return updates with the values in the page's address; a line says which are not used.
@@ -144,6 +160,7 @@ class WriteTab(PageTab):
             f"adapter {name}: not in the library" for name in query.getlist("adapter") if name not in names
         ]
         values: dict[str, object] = {"adapter": known, "bare": query.get("bare") == "true"}
+        values["probabilities"] = query.get("probabilities") == "true"
         values["prompt"] = query.get("prompt", PROMPT)
         for name in SETTINGS:
             if name not in query:

@@ -2,12 +2,17 @@
 
 import asyncio
 import contextlib
+import json
+import math
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from html import unescape
 from pathlib import Path
 
 from playwright.sync_api import expect
+
+from lora_tuner.text import format_share
 
 PROMPT = "12: the actor"
 CHROMIUM = Path("/usr/bin/chromium")
@@ -195,6 +200,20 @@ def tab_to(page, until):
         passed.append(focused(page))
         assert len(passed) < 60, passed
     return passed
+
+
+def token_probabilities(html):
+    """Return the spans of tokens as (title, text), and the listed ones as (chosen, others)."""
+    spans = re.findall(r'<span class="likely" [^>]*title="(.*?)">(.*?)</span>', html, re.S)
+    listed = re.findall(r"<li><b>(.*?)</b> <span>(.*?)</span></li>", html, re.S)
+    return [[tuple(map(unescape, pair)) for pair in pairs] for pairs in (spans, listed)]
+
+
+def format_token(token):
+    """Return a token of the API as the page shows it."""
+    share = math.exp(token["logprob"])
+    probability = format_share(share) if share >= 0.001 else "under 0.1%"
+    return f"{json.dumps(token['token'], ensure_ascii=False)} {probability}"
 
 
 def run_async(coroutine):

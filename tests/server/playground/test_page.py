@@ -96,7 +96,7 @@ def fill_tabs(page):
     wait_for_outputs(page)
     yield "generate"
     open_tab(page, "Chat")
-    page.get_by_label("Token probabilities").check()
+    page.get_by_role("checkbox", name="Token probabilities").check()
     message_of(page).fill(f"{PROMPT} {'x' * 60}")
     page.get_by_role("button", name="Send").click()
     page.get_by_text("Token probabilities", exact=True).last.click()

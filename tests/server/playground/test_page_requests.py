@@ -166,10 +166,10 @@ def test_page_outputs_are_counted_and_logged(served, playground, caplog):
                     break
 
     settings = [5, 0.8, 0.95, 50, 1.1, "", "", False]
-    run_async(consume(page.write.generate(PROMPT, ["a", "b"], False, *settings), 1000))
+    run_async(consume(page.write.generate(PROMPT, ["a", "b"], False, False, *settings), 1000))
     run_async(consume(page.blend.blend(PROMPT, "a", "b", 0.5, False, playground.blend.SliderState()), 1000))
     with served.held_steps():
-        run_async(consume(page.write.generate(PROMPT, [], False, *settings), 2))
+        run_async(consume(page.write.generate(PROMPT, [], False, False, *settings), 2))
     text = metrics.text().decode()
     for model, count in (("talker", 2), ("a", 1), ("b", 1), ("", 3)):
         assert f'lora_tuner_requests_total{{endpoint="page",model="{model}",status="200"}} {count}.0' in text
@@ -215,7 +215,7 @@ def test_page_asks_chat_adapters(served, playground, base, adapters):
             (["talk", "more"], False, ["talker", "talk", "more"]),
             (["a", "talk"], True, []),
         ):
-            columns, html = shown(page.write.generate(PROMPT, names, bare, *greedy_settings))
+            columns, html = shown(page.write.generate(PROMPT, names, bare, False, *greedy_settings))
             assert list(columns) == ["talker", *names]
             for name, (is_question, text) in columns.items():
                 assert is_question == (name in asked), (names, bare, name)
@@ -257,7 +257,7 @@ def test_page_fills_learned_template(served, playground, base, adapters):
                 r"two has learned texts of the form “... Review: ...\nVerdict:”: write the prompt so.",
             ),
         ):
-            _, html = shown(page.write.generate(PROMPT, names, bare, *settings))
+            _, html = shown(page.write.generate(PROMPT, names, bare, False, *settings))
             assert re.findall(r'<span class="prompt">(.*?)</span>', html, re.S) == prompts
             assert note in html
     finally:

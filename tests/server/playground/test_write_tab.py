@@ -13,6 +13,7 @@ from ...api_server import HOSTILE
 from .browser import (
     PROMPT,
     choose,
+    format_token,
     generate,
     new_page,
     open_settings,
@@ -20,7 +21,9 @@ from .browser import (
     outputs,
     printable,
     prompt_of,
+    run_async,
     set_greedy,
+    token_probabilities,
     wait_for_outputs,
     waiting_for_events,
     watch_text,
@@ -255,3 +258,24 @@ def test_stop_or_leave_cancels_generation(visit, served):
                 expect(page.get_by_role("button", name="Stop")).to_be_disabled()
                 assert int(page.locator(".facts").first.inner_text().split()[0]) < 120
         served.wait(lambda: served.app.state.metrics.streams == 0)
+
+
+def test_token_probabilities_equal_api(served):
+    from lora_tuner.server.playground.page import Page  # gradio takes seconds to import
+
+    page = Page(served.service, Metrics(served.service))
+    settings = (12, 0.8, 0.95, 50, 1.0, "", "", True)
+
+    async def last():
+        return [update async for update in page.write.generate(PROMPT, ["noir"], False, True, *settings)][-1]
+
+    articles = re.findall("<article.*?</article>", str(run_async(last())[0]), re.S)
+    for model, article in zip(("gpt2", "noir"), articles, strict=True):
+        body = {"model": model, "prompt": PROMPT, "temperature": 0, "max_tokens": 12, "logprobs": 1}
+        (choice,) = served.post("/v1/completions", **body).json()["choices"]
+        spans, listed = token_probabilities(article)
+        assert "".join(text for _, text in spans) == choice["text"]
+        logprobs = choice["logprobs"]
+        tokens = zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True)
+        expected = [format_token({"token": token, "logprob": logprob}) for token, logprob in tokens]
+        assert [chosen for chosen, _ in listed] == expected
