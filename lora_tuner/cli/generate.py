@@ -1,7 +1,7 @@
 """The commands `generate` and `compare`."""
 
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -131,7 +131,7 @@ def generate(
 
 
 def _fill_prompts(
-    generator: "Generator", prompts: list[str], names: Iterable[str | None]
+    generator: "Generator", prompts: list[str], names: Sequence[str | None]
 ) -> dict[str | None, list[str]]:
     """Return the prompts for each adapter in the template that it has learned; notices say so."""
     from ..data.row_template import fill_questions
@@ -144,6 +144,8 @@ def _fill_prompts(
     for name, template in templates.items():
         for text in describe_template(name, template, prompts) if template else ():
             display(Notice(text))
+    if None in names and filled[None] != prompts:
+        display(Notice("The base is asked alike."))
     return filled
 
 

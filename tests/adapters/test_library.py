@@ -372,7 +372,8 @@ def test_rename_remove_invalid_name_fails(library, taken, tmp_path, name):
     adapter_files.write(tmp_path / "out")
     before = tree(tmp_path)
     for change in (library.remove, lambda name: library.rename(name, "new")):
-        assert refusal(change, name) == f"There is no adapter '{name}' in {library.path} (imdb)."
+        refused = f"There is no adapter '{name}' in {library.path} (imdb)."
+        assert refusal(change, name).removesuffix(" Did you mean 'imdb'?") == refused
     assert refusal(library.rename, "imdb", name) == (f"'{name}' {INVALID_NAME}")
     assert tree(tmp_path) == before
 
@@ -384,7 +385,8 @@ def test_adapter_elsewhere_is_read_only(library, taken, tmp_path):
         if path != "elsewhere":
             assert library.get(path).rank == 4
         for change in (library.remove, lambda name: library.rename(name, "new")):
-            assert refusal(change, path) == f"There is no adapter '{path}' in {library.path} (imdb)."
+            similar = " Did you mean 'imdb'?" * path.endswith("/imdb")
+            assert refusal(change, path) == f"There is no adapter '{path}' in {library.path} (imdb).{similar}"
     assert tree(tmp_path) == before
 
 

@@ -444,7 +444,9 @@ def test_template_adapter_is_asked_through_it(template_config):
     bare = run("generate", *greedy, "--no-chat", "what now")
     assert bare.stdout.startswith("what now")
     assert bare.stderr == ""
-    outputs = json.loads(run("compare", *greedy, "what now", "--json").stdout)
+    compared = run("compare", *greedy, "what now", "--json")
+    assert "The base is asked alike." in compared.stderr
+    outputs = json.loads(compared.stdout)
     assert [output["prompt"] for output in outputs] == ["Question: what now\nAnswer:"] * 2
     session = run("generate", *greedy, stdin="what now\n\n")
     assert asked.stdout in session.stdout
