@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from ...config import SamplingParams
-from ...data.row_template import fill_question, question_form
+from ...data.row_template import Template, fill_question, fill_questions, question_form
 from ...errors import LoraTunerError
 from ...inference.multi_lora import LoadedAdapter
 from ...text import format_names
@@ -67,22 +67,20 @@ class PageRequests:
         these are asked alike.
         """
         chats = await self.chats(names)
-        questions = {name: Question(prompt, name in chats) for name in (self.service.name, *names)}
-        filled, unfilled = [], ""
-        for model in await self.service.run_in_thread("list", self.service.list_models):
-            manifest = model.adapter.manifest if model.adapter else None
-            data = manifest.data if manifest else None
-            if model.id not in names or model.id in chats or data is None or data.template is None:
-                continue
-            text = fill_question(data.template, data.answer_column, prompt)
-            if text is None:
-                form = question_form(data.template, data.answer_column).replace("\n", r"\n")
-                unfilled += f" {model.id} has learned texts of the form “{form}”: write the prompt so."
-            elif text != prompt:
-                questions[model.id] = Question(text)
-                filled.append(model.id)
-        if len(texts := {questions[name].text for name in names}) == 1 and not chats:
-            questions[self.service.name] = Question(texts.pop())
+        models = await self.service.run_in_thread("list", self.service.list_models)
+        manifests = {model.id: model.adapter.manifest for model in models if model.adapter}
+        templates: dict[str, Template | None] = {}
+        for name in names:
+            manifest = manifests.get(name)
+            templates[name] = manifest.template if manifest and name not in chats else None
+        texts = fill_questions(prompt, templates)
+        questions = {self.service.name: Question(texts[None], self.service.name in chats)}
+        questions |= {name: Question(texts[name], name in chats) for name in names}
+        filled, unfilled = [name for name in names if texts[name] != prompt], ""
+        for name, template in templates.items():
+            if template and fill_question(*template, prompt) is None:
+                form = question_form(*template).replace("\n", r"\n")
+                unfilled += f" {name} has learned texts of the form “{form}”: write the prompt so."
         asked = format_names([name for name in questions if name in chats])
         note = f" Asked through the chat template: {asked}." if chats else ""
         note += f" Filled into the template that was learned: {format_names(filled)}." if filled else ""
