@@ -99,7 +99,7 @@ class LibraryActions:
             raise AdapterError("Give the adapter a name.")
         name = self.check_new_name(name or default_adapter_name(archives[0].stem))
         notices: list[str] = []
-        with atomic_io.temporary_folder(self.uploads.folder) as temporary:
+        with atomic_io.temporary_folder(self.uploads.folder.absolute()) as temporary:
             folder = temporary / name
             folder.mkdir()
             left_out = archive.unpack(archives[0], folder) if archives else archive.copy_uploaded(files, folder)

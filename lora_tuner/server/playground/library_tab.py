@@ -46,16 +46,17 @@ class LibraryTab(PageTab):
         added = self._build_upload() if may_train(self.service.config) else None
         card = gr.HTML(html.note(CHOOSE), apply_default_css=False, js_on_load=CARD_SCRIPT)
         name = gr.State("")  # of the adapter that is shown
+        spectrum = gr.HTML(apply_default_css=False, render=False)  # it comes last, so that nothing moves
         with gr.Column(visible=False) as actions:
             self._build_verify(name)
             changes: list[Dependency] = []
             if may_train(self.service.config):
                 self._build_export(name)
                 self._build_push(name)
-                changes = [self._build_rename(name), self._build_remove(name, [card, actions])]
+                changes = [self._build_rename(name), self._build_remove(name, [card, actions, spectrum])]
             else:
                 gr.HTML(html.note(OFF), apply_default_css=False)
-        spectrum = gr.HTML(apply_default_css=False)
+        spectrum.render()
         shown = [name, card, actions, spectrum]
         self.details = [*shown, *self.cleared]
         on([tab.select, refresh.click], self.library, None, table)
@@ -276,8 +277,8 @@ class LibraryTab(PageTab):
         """Remove an adapter, and show that in place of its card."""
         removed, result = await self._attempt(partial(self.actions.remove, name))
         if not removed:
-            return *_question(result), name, gr.skip(), gr.skip()
-        return *_question(""), "", result, gr.update(visible=False)
+            return *_question(result), name, gr.skip(), gr.skip(), gr.skip()
+        return *_question(""), "", result, gr.update(visible=False), ""
 
     async def check_push(self, name: str, repo: str, private: bool) -> tuple[object, ...]:
         """Ask the Hub for the right to write, and allow pushing if it is given."""

@@ -159,6 +159,7 @@ def test_adapter_is_uploaded_renamed_removed(visit, served, adapters, tmp_path):
     page.get_by_role("button", name="Remove for ever").click()
     expect(page.get_by_text("ours was removed.")).to_be_visible()
     expect(page.get_by_role("button", name="ours", exact=True)).to_have_count(0)
+    expect(page.get_by_role("img", name="Spectrum: share of")).to_have_count(0)
     assert not (adapters / "ours").exists()
 
 
