@@ -20,6 +20,7 @@ from .uploads import MAX_FILE_BYTES, may_train
 
 TABLE_SCRIPT = Path(__file__).with_name("library.js").read_text(encoding="utf-8")
 CARD_SCRIPT = Path(__file__).with_name("card.js").read_text(encoding="utf-8")
+on_slow = partial(on, show_progress="minimal")  # shows that it works
 CHOOSE = "Choose an adapter to see its details."
 
 
@@ -92,7 +93,9 @@ class LibraryTab(PageTab):
         drop.upload(
             self.receive, upload, [drop, upload, result], show_progress="hidden", api_visibility="private"
         )
-        added: Dependency = on([add.click, new.submit], self.adopt, [upload, new], [result, drop, upload, new])
+        added: Dependency = on_slow(
+            [add.click, new.submit], self.adopt, [upload, new], [result, drop, upload, new]
+        )
         return added
 
     def _build_export(self, name: gr.State) -> None:
@@ -110,12 +113,12 @@ class LibraryTab(PageTab):
                 check = gr.Button("Check", scale=0, min_width=140)
                 start, stop = buttons("Export")
             result = self._result()
-        on([check.click, formats.input], self.check_export, [name, formats], result)
+        on_slow([check.click, formats.input], self.check_export, [name, formats], result)
         connect_stop(on(start.click, self.export, [name, formats, precision], result), stop, result)
 
     def _build_verify(self, name: gr.State) -> None:
         verify = gr.Button("Verify", scale=0, min_width=140)
-        on(verify.click, self.verify, name, self._result())
+        on_slow(verify.click, self.verify, name, self._result())
 
     def _build_rename(self, name: gr.State) -> Dependency:
         with gr.Accordion("Rename", open=False):
@@ -152,9 +155,9 @@ class LibraryTab(PageTab):
                 push = gr.Button("Push", variant="primary", scale=0, min_width=140, interactive=False)
             result = self._result()
         self.cleared[push] = gr.update(interactive=False)
-        on([check.click, repo.submit], self.check_push, [name, repo, private], [result, push])
+        on_slow([check.click, repo.submit], self.check_push, [name, repo, private], [result, push])
         on([repo.input, private.input], lambda: ("", gr.update(interactive=False)), None, [result, push])
-        on(push.click, self.push, [name, repo, private], [result, push])
+        on_slow(push.click, self.push, [name, repo, private], [result, push])
 
     # What is shown
 
