@@ -87,7 +87,9 @@ class BlendTab(PageTab):
             gr.HTML(html.note(reason), apply_default_css=False)
             return None
         with gr.Row(equal_height=False):
-            name = gr.Textbox(label="Save the blend as", info=SAVE_INFOS["name"], max_lines=1, scale=2)
+            name = gr.Textbox(
+                label="Save the blend as", info=SAVE_INFOS["name"], max_lines=1, scale=2, min_width=240
+            )
             save = gr.Button("Save", scale=0, min_width=120)
         result = gr.HTML(apply_default_css=False, elem_classes="output")
         saved: Dependency = on([save.click, name.submit], self.save, [name, *parts], [result, name])
@@ -188,7 +190,8 @@ class BlendTab(PageTab):
                 }
                 shown |= dict(zip(missing, outputs[1:], strict=False))
                 columns = [Output(name, ends[name][1], shown.get(name)) for name in names]
-                yield html.outputs([columns[0], Output(title, question, next(iter(outputs), None)), columns[1]])
+                columns.insert(1, Output(title, question, next(iter(outputs), None)))
+                yield html.ends(*names) + html.outputs(columns)
         complete = {ends[name]: request for name, request in shown.items() if isinstance(request, Request)}
         slider.ends = {
             end: request for end, request in complete.items() if request.complete and not request.error

@@ -188,8 +188,8 @@ def buttons(name: str) -> tuple[gr.Button, gr.Button]:
     """Create a start button of that name and a stop button.
 
     playground.js enables the stop button while a part of its tab has aria-busy="true"."""
-    return gr.Button(name, variant="primary", scale=0, min_width=120), gr.Button(
-        "Stop", scale=0, min_width=90, elem_classes="while-busy"
+    return gr.Button(name, variant="primary", scale=0, min_width=100), gr.Button(
+        "Stop", scale=0, min_width=70, elem_classes="while-busy"
     )
 
 

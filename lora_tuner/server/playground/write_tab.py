@@ -58,7 +58,7 @@ class WriteTab(PageTab):
                     names = self.adapters_dropdown("Compared with the base.", scale=2)
                 with gr.Row():
                     start, stop = buttons("Generate")
-                    again = gr.Button("Regenerate", scale=0, min_width=120, elem_classes="with-answers")
+                    again = gr.Button("Regenerate", scale=0, min_width=100, elem_classes="with-answers")
                 output = gr.HTML(
                     html.note("Press Generate to run the prompt on the base and each adapter, side by side."),
                     apply_default_css=False,
