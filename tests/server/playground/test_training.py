@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,10 +17,11 @@ import pytest
 from playwright.sync_api import expect
 
 from lora_tuner import Library
+from lora_tuner.adapters.adapter import load_adapter_folder, verify_adapter
 from lora_tuner.config import EMBEDDED_BASE
 from lora_tuner.training import jobs
 
-from .browser import open_page, prompt_of
+from .browser import generate, open_page, prompt_of
 
 ROOT = Path(__file__).parents[3]
 WAIT = 200_000  # milliseconds, as other tests may run beside
@@ -106,7 +108,7 @@ def pause_at(step):
 
 
 @pytest.mark.slow
-def test_file_becomes_adapter_in_browser(browser, base, start_server, reviews):
+def test_file_becomes_adapter_in_browser(browser, base, start_server, reviews, tmp_path):
     """Reloaded, and with the server killed in the middle; a second visitor's run waits."""
     (name, settings), server, problems = base, start_server(), []
     page = visit(browser, start_server.url, problems)
@@ -150,8 +152,14 @@ def test_file_becomes_adapter_in_browser(browser, base, start_server, reviews):
     assert Library().get("mine").manifest.run.steps == 30
     page.get_by_role("button", name="Write with it").click()
     prompt_of(page).fill("the film")
-    page.get_by_role("button", name="Generate").click()
+    generate(page)
     expect(page.locator(".answers:visible h2")).to_have_text([Path(name).name, "mine"], timeout=WAIT)
+    page.get_by_role("tab", name="Library").click()
+    page.get_by_role("button", name="mine").click()
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download as zip").click()
+    shutil.unpack_archive(download.value.path(), tmp_path / "downloaded", "zip")
+    assert verify_adapter(load_adapter_folder(tmp_path / "downloaded" / "mine")) == []
     assert problems == []
 
 
