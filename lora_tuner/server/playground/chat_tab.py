@@ -77,7 +77,7 @@ class ChatTab(PageTab):
             with gr.Row():
                 start, stop = buttons("Send")
                 new = gr.Button("New conversation", scale=0, min_width=220)
-                probabilities = token_probabilities()
+            probabilities = token_probabilities()
             with gr.Accordion("System message", open=False):
                 system = gr.Textbox(
                     "", label="System message", info="Stands before the conversation. Empty: none.", max_lines=12

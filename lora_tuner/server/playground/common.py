@@ -198,7 +198,6 @@ def token_probabilities() -> gr.Checkbox:
         label="Token probabilities",
         info="Of the next outputs: on hover, and as a list.",
         container=False,
-        min_width=280,
     )
 
 
