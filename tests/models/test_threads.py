@@ -57,7 +57,8 @@ def test_real_measurement_keeps_threads(monkeypatch):
     assert torch.get_num_threads() == 2
 
 
-def test_base_loads_with_warning(gpt2, monkeypatch):
+def test_base_loads_with_warning(gpt2, monkeypatch, tmp_path):
+    monkeypatch.setenv("LORA_TUNER_CACHE", str(tmp_path / "cache"))  # no other test has said it there
     measured(monkeypatch, 0.03, 0.4)
     notices = []
     load_base(find_base(str(gpt2)), ModelOptions(device="cpu", notify=notices.append))

@@ -78,6 +78,7 @@ class StopAtTrial(StopAt):
 
 def test_busy_machine_is_named_once(settings, monkeypatch):
     monkeypatch.setattr(arguments, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(threads, "SAID_AGAIN", 0)
     monkeypatch.setattr(threads, "busy_warning", lambda: "2 threads are slow.")
     notices = []
     train(settings(max_steps=3), lambda event: notices.append(event.text) if isinstance(event, Notice) else None)
