@@ -186,7 +186,7 @@ def says(monkeypatch):
 
     def set_code(code):
         command = [sys.executable, "-c", f"import sys\n{code}"]
-        monkeypatch.setattr(jobs, "_command", lambda *arguments: command)
+        monkeypatch.setattr(jobs, "command_line", lambda *arguments: command)
 
     return set_code
 
