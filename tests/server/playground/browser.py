@@ -49,7 +49,7 @@ CONTRAST_SCRIPT = """() => {
 }"""
 
 
-def open_page(context, url, problems, path="/", timeout=10_000):
+def open_page(context, url, problems, path="/", timeout=30_000):
     """Open the playground. Console errors, failed requests and other hosts are added to `problems`."""
 
     def on_console(message):
@@ -79,7 +79,7 @@ def open_page(context, url, problems, path="/", timeout=10_000):
     return page
 
 
-def new_page(context, timeout=10_000, **options):
+def new_page(context, timeout=30_000, **options):
     page = context.new_page(**options)
     page.set_default_timeout(timeout)
     page.pending = set()
