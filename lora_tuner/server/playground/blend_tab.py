@@ -39,12 +39,11 @@ ADDRESS = {"prompt": None, "left": None, "right": None, "weight": None, "bare": 
 
 @dataclass
 class SliderState:
-    """A visitor's slider: the number of its moves, the move that is shown, the adapters at its ends,
-    and their complete outputs, which do not change with it."""
+    """A visitor's slider: the number of its moves, the move that is shown, and the complete outputs
+    of the adapters at its ends, which do not change with it."""
 
     moved: int = 0
     shown: int = 0
-    names: tuple[str, str] | None = None
     ends: dict[tuple[LoadedAdapter | None, Question], Request] = field(default_factory=dict)
 
 
@@ -76,7 +75,7 @@ class BlendTab(PageTab):
             [prompt.input, prompt.submit, left.change, right.change, weight.input, bare.input, tab.select],
             self.blend,
             [*values, gr.State(SliderState())],
-            [output, weight, prompt, left, right],
+            [output, prompt, left, right],
             trigger_mode="multiple",
         )
         keep_address("blend", ADDRESS, values)
@@ -115,7 +114,7 @@ class BlendTab(PageTab):
         """Stream the output of a blend between those of its adapters, until a later move of the slider
         has something to show.
 
-        Yields updates of the output, the slider, and the controls in `INFOS`.
+        Yields updates of the output and of the controls in `INFOS`; none of the slider, which would lose its value.
         """
         slider.moved = move = slider.moved + 1
         problems = {} if prompt.strip() else {"prompt": "enter a prompt"}
@@ -124,13 +123,9 @@ class BlendTab(PageTab):
             problems["right"] = "choose another one than on the left"
         if problems or left is None or right is None:
             slider.shown = move
-            yield [gr.skip(), gr.skip(), *show_problems(INFOS, problems)]
+            yield [gr.skip(), *show_problems(INFOS, problems)]
             return
-        label = gr.skip()  # an update would disturb a slider that is being moved
-        if slider.names != (left, right):
-            slider.names = left, right
-            label = gr.update(label=f"Weight of {right} (the rest is of {left})")
-        fields = [label, *show_problems(INFOS)]
+        fields = show_problems(INFOS)
         parts = [(round(1 - weight, 2), left), (round(weight, 2), right)]
         updates = self._blend(prompt, parts, bare, slider, lambda: move < slider.moved)
         async with contextlib.aclosing(updates):

@@ -81,8 +81,8 @@ def outputs(columns: Sequence[Output], below: str = "", *, tab: str = "", seed: 
 
 
 def ends(left: str, right: str) -> Markup:
-    """Name the ends of the slider above; its label names them for screen readers."""
-    return Markup('<p class="ends" aria-hidden="true"><span>← {}</span><span>{} →</span></p>').format(left, right)
+    """Name the ends of the slider above."""
+    return Markup('<p class="ends"><span>← {}</span><span>{} →</span></p>').format(left, right)
 
 
 def is_complete(output: Request | None) -> bool:

@@ -178,6 +178,7 @@ def set_greedy(page, tokens):
 
 
 def choose(page, label, name):
+    expect(page.get_by_role("option")).to_have_count(0)  # of another list that closes
     page.get_by_role("combobox", name=label).click()
     page.get_by_role("option", name=name).click()
 

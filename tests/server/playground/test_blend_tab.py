@@ -45,7 +45,7 @@ def blend_text(generator, prompt, *parts):
 
 
 @pytest.mark.slow
-def test_blend_follows_slider(visit, generator, served):
+def test_blend_follows_slider(visit, generator, served, caplog):
     page = visit()
     open_tab(page, "Blend")
     expect(page.get_by_role("combobox", name="Left adapter")).to_have_value("verse")  # the newest
@@ -62,7 +62,8 @@ def test_blend_follows_slider(visit, generator, served):
         wait_for_outputs(page)
         text = blend_text(generator, PROMPT, ("noir", 1 - share), ("verse", share))
         assert outputs(page) == {"noir": alone["noir"], title: text, "verse": alone["verse"]}
-    expect(slider).to_have_accessible_name(re.compile("Weight of verse .the rest is of noir."))
+    expect(page.locator(".ends")).to_have_text("← noirverse →")
+    expect(slider).to_have_accessible_name(re.compile("Weight of the right adapter"))
     assert alone["noir"] != alone["verse"]
     # During generation the slider moves on: outputs keep appearing, and the last one fits its position.
     watch_text(page)
@@ -81,6 +82,7 @@ def test_blend_follows_slider(visit, generator, served):
     choose(page, "Right adapter", "noir")
     expect(page.get_by_text("Choose another one than on the left")).to_be_visible()
     assert len(outputs(page)) == 3, "what was written stays"
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def last_update(updates):
