@@ -460,8 +460,9 @@ class Process:
             "cpu",
             *map(str, arguments),
         ]
+        env = os.environ | {"OMP_NUM_THREADS": "1"} | env  # one thread says nothing of a busy machine
         self.process = subprocess.Popen(
-            limit + command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | env
+            limit + command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
         )
         self.lines = []
         threading.Thread(target=lambda: self.lines.extend(self.process.stderr), daemon=True).start()
