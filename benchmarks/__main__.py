@@ -26,6 +26,7 @@ from . import (
     larger,
     methods,
     near_duplicates,
+    page,
     quality,
     rates,
     serving,
@@ -50,6 +51,7 @@ PARTS = {
     "larger": larger.run,
     "near_duplicates": near_duplicates.run,
     "rates": rates.run,
+    "page": page.run,
 }
 STUDIES = (
     "overhead",
@@ -61,6 +63,7 @@ STUDIES = (
     "growth",
     "near_duplicates",
     "rates",
+    "page",
 )  # slow, so they run only when named
 PACKAGES = ("lora_tuner", "torch", "transformers", "peft", "trl", "xllamacpp")
 

@@ -230,17 +230,18 @@ def _expected(folders: list[Path]) -> Expected:
     return {key: texts for key, texts in expected.items() if all(texts)}
 
 
+def find_url(log: str) -> str | None:
+    """Return the address that a server has logged."""
+    found = re.search(r"http://[\d.]+:\d+", log)
+    return found[0] if found else None
+
+
 @contextlib.contextmanager
 def _server(adapters: Path, dtype: str = "float32") -> Iterator[tuple[str, psutil.Process]]:
     command = [sys.executable, CLI, "serve", "--base", EMBEDDED_BASE, "--dtype", dtype, "--port", "0"]
     command += ["--adapters-dir", adapters, "--max-waiting", str(CLIENTS)]
     env = os.environ | {"PYTHONPATH": str(CLI.parent)}
-
-    def find_url(log: str) -> str | None:
-        found = re.search(r"http://[\d.]+:\d+", log)
-        return found[0] if found else None
-
-    with _process(command, env, find_url) as server:
+    with server_process(command, env, find_url) as server:
         yield server
 
 
@@ -270,12 +271,12 @@ def _vllm_server(vllm: str, adapters: Path) -> Iterator[tuple[str, psutil.Proces
             return url if httpx.get(f"{url}/health").status_code == 200 else None
         return None
 
-    with _process(command, env, find_url) as server:
+    with server_process(command, env, find_url) as server:
         yield server
 
 
 @contextlib.contextmanager
-def _process(
+def server_process(
     command: list[Any], env: dict[str, str], find_url: Callable[[str], str | None]
 ) -> Iterator[tuple[str, psutil.Process]]:
     """Run a server; `find_url` gets its log until it finds the address."""
