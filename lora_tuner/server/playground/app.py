@@ -16,6 +16,7 @@ import gradio as gr
 from fastapi import FastAPI, HTTPException
 from gradio import queueing
 from gradio.routes import App
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.routing import Mount
 from starlette.types import Message, Receive, Scope, Send
@@ -31,6 +32,8 @@ ALLOWED_ROUTES = re.compile(
     r"/|/(assets|static)/.+|/(theme\.css|favicon\.ico|manifest\.json|login|logout|config)/?"
     r"|/gradio_api/(queue/join|queue/data|cancel|reset|startup-events|app_id|heartbeat/\w+)/?"
 )
+# What a browser says of requests by the page itself, and by its user: those of other pages are refused.
+OWN_SITE = ("same-origin", "none")
 # Image and URLs for social networks.
 SOCIAL_TAGS = re.compile(rb'\s*<meta\s[^>]*"(og|twitter):[^>]*>')
 log = logging.getLogger("lora_tuner.server")
@@ -116,6 +119,8 @@ class _RestrictedRoutes:
         # Gradio checks some of them only.
         if path.startswith(("/gradio_api/", "/uploads/", "/downloads/")) and not self._is_logged_in(scope):
             raise HTTPException(401, "Log in first.")
+        if scope["method"] != "GET" and Headers(scope=scope).get("sec-fetch-site", "none") not in OWN_SITE:
+            raise HTTPException(403, "Other web pages may not use this one.")
         start: Message = {}
         body = bytearray()
         failed = False

@@ -2,7 +2,7 @@
 
 Those of an adapter are sent to `/uploads/adapter/ID/NAME`; `library_actions` adds them to the library.
 
-A browser lets pages of other sites send no PUT. Uploads that no run reads are removed after a day.
+Uploads that no run reads are removed after a day.
 """
 
 import asyncio
@@ -23,6 +23,7 @@ from ...adapters.adapter import WEIGHTS_FILE
 from ...adapters.archive import UPLOADED_FILES
 from ...config import ServerConfig
 from ...text import CODE_EXTENSIONS, DATA_EXTENSIONS, data_extension, format_bytes
+from ...training.jobs import JobState, list_jobs
 from ..middleware import MAX_SECONDS, UPLOAD_PATH, is_loopback
 from ..protocol import error_response
 
@@ -168,10 +169,9 @@ class Uploads:
                     atomic_io.delete(folder)
 
     def _used(self) -> Collection[str]:
-        """Return the uploads that runs read which are not finished."""
-        from ...training.unfinished import unfinished_runs
-
-        names = (Path(name).parts for run in unfinished_runs(self.settings.runs_dir) for name in run.data)
+        """Return the uploads that runs read which wait, train, or have not finished."""
+        jobs = [job for job in list_jobs(self.settings.runs_dir) if job.state != JobState.FINISHED]
+        names = (Path(name).parts for job in jobs for name in job.data)
         return {part for parts in names for part in parts}
 
 

@@ -78,6 +78,22 @@ def test_unused_gradio_routes_give_404(served):
         assert client.get("/health").status_code == 200
 
 
+def test_other_pages_start_nothing(served):
+    """A browser names the origin of each request; only the page itself, or its user, changes anything."""
+    body = {"data": [], "fn_index": 0, "session_hash": "s"}
+    for path, method in (
+        ("/gradio_api/queue/join", "POST"),
+        ("/login", "POST"),
+        (f"/uploads/{'a' * 32}/a.csv", "PUT"),
+    ):
+        for site in ("cross-site", "same-site"):
+            response = httpx.request(method, f"{served.url}{path}", json=body, headers={"Sec-Fetch-Site": site})
+            assert response.status_code == 403, (path, site)
+            assert response.json()["error"]["message"] == "Other web pages may not use this one."
+    own = httpx.post(f"{served.url}/gradio_api/reset", json={}, headers={"Sec-Fetch-Site": "same-origin"})
+    assert own.status_code != 403
+
+
 CHARSETS = ["undefined", "unicode_escape", "utf-7", "utf-16", "idna", "nothing"]
 
 

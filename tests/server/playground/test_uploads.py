@@ -10,6 +10,8 @@ from lora_tuner.config import ServerConfig, TrainConfig
 from lora_tuner.server.middleware import SecurityMiddleware
 from lora_tuner.server.playground import uploads
 from lora_tuner.settings_files import config_to_yaml
+from lora_tuner.training.jobs import LOG_FILE, SETTINGS_FILE
+from lora_tuner.training.paths import job_folder
 
 from ...api_server import KEY, serving
 from .browser import run_async
@@ -111,17 +113,22 @@ def test_slow_upload_times_out(store, monkeypatch):
 
 
 def test_old_uploads_are_removed(store):
-    """An unfinished run keeps its own."""
-    other = ID[::-1]
-    for upload in (ID, other):
+    """An unfinished run keeps its own, also one that has not begun."""
+    other, queued = ID[::-1], "e" * 32
+    for upload in (ID, other, queued):
         assert put(store, "a.csv", upload=upload).status_code == 201
+    for upload in (ID, other, queued):
         os.utime(store.folder / upload, (1e9, 1e9))
     run = store.settings.runs_dir / "mine"
     run.mkdir()
     config = TrainConfig(dataset=str(store.dataset(other)), name="mine", max_steps=3)
     (run / "run.yaml").write_text(config_to_yaml(config))
+    job = job_folder(store.settings.runs_dir, "next")
+    job.mkdir(parents=True)
+    (job / LOG_FILE).touch()
+    (job / SETTINGS_FILE).write_text(config_to_yaml(TrainConfig(dataset=str(store.dataset(queued)), name="next")))
     assert put(store, "b.csv", upload="f" * 32).status_code == 201
-    assert {path.name for path in store.folder.iterdir()} == {other, "f" * 32}
+    assert {path.name for path in store.folder.iterdir()} == {other, queued, "f" * 32}
 
 
 @pytest.mark.parametrize(
