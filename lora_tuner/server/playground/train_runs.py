@@ -148,6 +148,7 @@ class TrainRuns(PageTab):
         choices = [(train_html.job_label(job), job.name) for job in found]
         is_waiting = state == JobState.WAITING
         can_resume = job is not None and state in (JobState.STOPPED, JobState.FAILED) and job.folder.is_dir()
+        is_served = state == JobState.FINISHED and not self.service.only
         details, samples, log = self._pictures(view, job)
         return [
             view.change("runs", gr.update(choices=choices, value=view.chosen, visible=bool(found))),
@@ -162,8 +163,8 @@ class TrainRuns(PageTab):
             view.change("stop", gr.update(visible=bool(state and state.is_alive and not is_waiting))),
             view.change("resume", gr.update(visible=can_resume)),
             view.change("remove", gr.update(visible=is_waiting or state in _ENDED)),
-            view.change("write", gr.update(visible=state == JobState.FINISHED)),
-            view.change("chat", gr.update(visible=state == JobState.FINISHED)),
+            view.change("write", gr.update(visible=is_served)),
+            view.change("chat", gr.update(visible=is_served)),
             view.change("question", gr.update(visible=view.asks)),
             samples,
             view.change("log_box", gr.update(visible=job is not None and job.log is not None)),

@@ -17,6 +17,7 @@ from .train_runs import RunsView, TrainParts, TrainRuns
 from .uploads import MAX_FILE_BYTES, OFF, Uploads, may_train
 
 PREVIEWED_ROWS = 5
+NOT_SERVED = "What is trained here comes into the library. The other tabs have only the adapters that the server was started with."
 
 
 class TrainTab(PageTab):
@@ -46,6 +47,8 @@ class TrainTab(PageTab):
             write.render()  # others refer to them
             chat.render()
             return parts
+        if self.service.only:
+            gr.HTML(html.note(NOT_SERVED), apply_default_css=False)
         view = parts.view
         with gr.Accordion("New run", open=True) as new:
             upload, *controls = self._build_settings()

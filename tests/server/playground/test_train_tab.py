@@ -404,3 +404,21 @@ def test_training_off_is_one_sentence(page, served, monkeypatch):
     texts = json.dumps(page.blocks().get_config_file(), default=str)
     assert uploads.OFF in texts
     assert "Drop files here" not in texts
+
+
+def test_fixed_library_is_said(page, monkeypatch, tmp_path):
+    """With `serve --adapter` a new adapter is in the library, but not served."""
+    run = tmp_path / "runs" / ".jobs" / "mine"
+    run.mkdir(parents=True)
+    (run / jobs.LOG_FILE).touch()
+    (run / jobs.RESULT_FILE).write_text(json.dumps({"run": {"steps": 3}}))
+
+    def buttons():
+        outputs = page.train.runs._look(RunsView(chosen="mine"))
+        return [outputs[number]["visible"] for number in (6, 7)]  # Write with it, Chat with it
+
+    assert buttons() == [True, True]
+    monkeypatch.setattr(page.service, "only", {"noir": tmp_path})
+    assert buttons() == [False, False]
+    texts = [block.value for block in page.blocks().blocks.values() if isinstance(block, gr.HTML)]
+    assert any("What is trained here comes into the library." in str(text) for text in texts)
