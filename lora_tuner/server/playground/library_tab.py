@@ -44,17 +44,18 @@ class LibraryTab(PageTab):
         """Add the tab, and return the events on which the library is read anew."""
         refresh = gr.Button("Refresh", size="sm", scale=0)
         table = gr.HTML(apply_default_css=False, js_on_load=TABLE_SCRIPT)
-        added = self._build_upload() if may_train(self.service.config) else None
+        if may_train(self.service.config):
+            self._build_upload(table)
         card = gr.HTML(html.note(CHOOSE), apply_default_css=False, js_on_load=CARD_SCRIPT)
         name = gr.State("")  # of the adapter that is shown
         spectrum = gr.HTML(apply_default_css=False, render=False)  # it comes last, so that nothing moves
         with gr.Column(visible=False) as actions:
             self._build_verify(name)
-            changes: list[Dependency] = []
             if may_train(self.service.config):
                 self._build_export(name)
                 self._build_push(name)
-                changes = [self._build_rename(name), self._build_remove(name, [card, actions, spectrum])]
+                self._build_rename(name, [table, card, actions, spectrum])
+                self._build_remove(name, [table, card, actions, spectrum])
             else:
                 gr.HTML(html.note(OFF), apply_default_css=False)
         spectrum.render()
@@ -70,10 +71,6 @@ class LibraryTab(PageTab):
                 show_progress="minimal",
                 api_visibility="private",
             )
-        for event in [*changes, *([added] if added else [])]:
-            event.then(self.library, None, table, show_progress="hidden", api_visibility="private")
-        if changes:
-            changes[0].then(self.show, name, shown, show_progress="hidden", api_visibility="private")
         return [tab.select, table.change]
 
     def _result(self) -> gr.HTML:
@@ -82,7 +79,7 @@ class LibraryTab(PageTab):
         self.cleared[result] = gr.update(value="")
         return result
 
-    def _build_upload(self) -> Dependency:
+    def _build_upload(self, table: gr.HTML) -> None:
         with gr.Accordion("Upload an adapter", open=False):
             drop = gr.HTML(drop_zone(), apply_default_css=False, js_on_load=train_html.UPLOAD_SCRIPT)
             upload = gr.State("")
@@ -93,10 +90,7 @@ class LibraryTab(PageTab):
         drop.upload(
             self.receive, upload, [drop, upload, result], show_progress="hidden", api_visibility="private"
         )
-        added: Dependency = on_slow(
-            [add.click, new.submit], self.adopt, [upload, new], [result, drop, upload, new]
-        )
-        return added
+        on_slow([add.click, new.submit], self.adopt, [upload, new], [result, drop, upload, new, table])
 
     def _build_export(self, name: gr.State) -> None:
         with gr.Accordion("Export", open=False):
@@ -120,15 +114,14 @@ class LibraryTab(PageTab):
         verify = gr.Button("Verify", scale=0, min_width=140)
         on_slow(verify.click, self.verify, name, self._result())
 
-    def _build_rename(self, name: gr.State) -> Dependency:
+    def _build_rename(self, name: gr.State, shown: Sequence[gr.HTML | gr.Column]) -> None:
         with gr.Accordion("Rename", open=False):
             new = gr.Textbox(label="New name", max_lines=1)
             button = gr.Button("Rename", scale=0, min_width=140)
             result = self._result()
-        renamed: Dependency = on([button.click, new.submit], self.rename, [name, new], [result, name, new])
-        return renamed
+        on([button.click, new.submit], self.rename, [name, new], [result, new, name, *shown])
 
-    def _build_remove(self, name: gr.State, shown: Sequence[gr.HTML | gr.Column]) -> Dependency:
+    def _build_remove(self, name: gr.State, shown: Sequence[gr.HTML | gr.Column]) -> None:
         with gr.Accordion("Remove", open=False):
             ask = gr.Button("Remove ...", scale=0, min_width=140)
             question = self._result()
@@ -139,8 +132,7 @@ class LibraryTab(PageTab):
         answers = [question, confirm, keep]
         on(ask.click, self.ask_removal, name, answers)
         on(keep.click, lambda: _question(""), None, answers)
-        removed: Dependency = on(confirm.click, self.remove, name, [*answers, name, *shown])
-        return removed
+        on(confirm.click, self.remove, name, [*answers, name, *shown])
 
     def _build_push(self, name: gr.State) -> None:
         with gr.Accordion("Push to the Hugging Face Hub", open=False):
@@ -233,7 +225,7 @@ class LibraryTab(PageTab):
         """Add what was uploaded to the library."""
         adopt = partial(self.actions.adopt, upload, str(name or "").strip())
         added, result = await self._attempt(adopt, "library-long")
-        return (result, drop_zone(), "", "") if added else (result, gr.skip(), gr.skip(), gr.skip())
+        return (result, drop_zone(), "", "", await self.library()) if added else (result, *[gr.skip()] * 4)
 
     async def check_export(self, name: str, label: str) -> str:
         """Show whether an adapter can be exported to a format, and notes on it."""
@@ -265,11 +257,16 @@ class LibraryTab(PageTab):
         """Compare an adapter with its manifest."""
         return (await self._attempt(partial(self.actions.verify, name), "library-long"))[1]
 
-    async def rename(self, name: str, new: str) -> tuple[object, ...]:
-        """Rename an adapter."""
+    async def rename(self, name: str, new: str) -> AsyncGenerator[tuple[object, ...], None]:
+        """Rename an adapter, and show it under its new name."""
         new = str(new or "").strip()
         renamed, result = await self._attempt(partial(self.actions.rename, name, new))
-        return (result, new, "") if renamed else (result, name, gr.skip())
+        if not renamed:
+            yield result, *[gr.skip()] * 6
+            return
+        table = await self.library()
+        async for shown, *card in self.show(new):  # in one event: Gradio may lose one that follows another
+            yield result, "", shown, table, *card
 
     async def ask_removal(self, name: str) -> tuple[object, ...]:
         """Name what is lost, and ask."""
@@ -280,8 +277,8 @@ class LibraryTab(PageTab):
         """Remove an adapter, and show that in place of its card."""
         removed, result = await self._attempt(partial(self.actions.remove, name))
         if not removed:
-            return *_question(result), name, gr.skip(), gr.skip(), gr.skip()
-        return *_question(""), "", result, gr.update(visible=False), ""
+            return *_question(result), name, *[gr.skip()] * 4
+        return *_question(""), "", await self.library(), result, gr.update(visible=False), ""
 
     async def check_push(self, name: str, repo: str, private: bool) -> tuple[object, ...]:
         """Ask the Hub for the right to write, and allow pushing if it is given."""

@@ -17,7 +17,9 @@ from .train_runs import RunsView, TrainParts, TrainRuns
 from .uploads import MAX_FILE_BYTES, OFF, Uploads, may_train
 
 PREVIEWED_ROWS = 5
-NOT_SERVED = "What is trained here comes into the library. The other tabs have only the adapters that the server was started with."
+NOT_SERVED = (
+    "What is trained here comes into the library. The other tabs keep the adapters of the start (--adapter)."
+)
 
 
 class TrainTab(PageTab):

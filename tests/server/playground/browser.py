@@ -14,6 +14,7 @@ from playwright.sync_api import expect
 
 from lora_tuner.text import format_share
 
+expect.set_options(timeout=20_000)  # other tests run beside
 PROMPT = "12: the actor"
 CHROMIUM = Path("/usr/bin/chromium")
 BROWSER_OPTIONS = [

@@ -237,17 +237,22 @@ def test_failed_preview_keeps_what_is_shown(tab, upload, monkeypatch):
 
 @pytest.mark.slow
 def test_preview_and_plan_come_from_commands(tab, upload):
-    async def last(updates):
-        return [update async for update in updates][-1]
+    async def shown(updates):
+        """Return the last value of each output."""
+        values = {}
+        async for update in updates:
+            values |= {number: value for number, value in enumerate(update) if value != SKIP}
+        return values
 
     typed = values(max_length="8", max_steps="2", learning_rate="1e-3")
-    status, _, _, preview, report, *_ = run_async(last(tab.preview(RunsView(), upload, *typed)))
+    outputs = run_async(shown(tab.preview(RunsView(), upload, *typed)))
+    status, preview, report = outputs[0], outputs[3], outputs[4]
     assert status == ""
     assert preview.count("<h3>Row ") == 5
     assert "<mark>the actor 0 drags</mark>" in preview
     assert re.search(r"Max length 8 divides \d+ rows", preview)
     assert 'srcdoc="&lt;!doctype html&gt;' in report.lower()
-    _, _, plan, *_ = run_async(last(tab.plan(RunsView(), upload, *typed)))
+    plan = run_async(shown(tab.plan(RunsView(), upload, *typed)))[2]
     assert "<dt>Peak memory</dt>" in plan
     assert "<dd>2 (one epoch: " in plan
 
