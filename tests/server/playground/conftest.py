@@ -14,7 +14,7 @@ from ...test_evaluation import train_in
 from .browser import BROWSER_OPTIONS, CHROMIUM, open_page
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def adapters(gpt2, tmp_path_factory):
     """Two good adapters, a hostile one and a broken one."""
     root = train_in(tmp_path_factory.mktemp("playground"), gpt2, ["noir", "verse"])
@@ -28,7 +28,7 @@ def _training_cache(adapters, monkeypatch):
     monkeypatch.setenv("LORA_TUNER_CACHE", str(adapters.parent / "cache"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def sweep(adapters):
     """A finished sweep, whose third trial diverged and whose fourth is not in the library."""
     folder = adapters.parent / "runs" / "rates.sweep"
@@ -45,7 +45,7 @@ def sweep(adapters):
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def chat_base(gpt2, tmp_path_factory):
     """The base of the adapters, with a chat template."""
     folder = tmp_path_factory.mktemp("chat") / gpt2.name
@@ -54,13 +54,13 @@ def chat_base(gpt2, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def served(chat_base, adapters):
     with serving(chat_base, adapters, page=True, max_tokens=500, runs_dir=adapters.parent / "runs") as served:
         yield served
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser():
     """Debian's chromium, else Playwright's own. CI requires one of them."""
     with sync_playwright() as playwright:
@@ -76,7 +76,7 @@ def browser():
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def context(browser, served):
     """One context for all tests, which caches the scripts of the page."""
     return browser.new_context(base_url=served.url)
@@ -97,7 +97,7 @@ def visit(context, served):
     assert problems == []
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared_page(context, served):
     problems = []
     page = open_page(context, served.url, problems)
