@@ -188,9 +188,8 @@ def buttons(name: str) -> tuple[gr.Button, gr.Button]:
     """Create a start button of that name and a stop button.
 
     playground.js enables the stop button while a part of its tab has aria-busy="true"."""
-    return gr.Button(name, variant="primary", scale=0, min_width=100), gr.Button(
-        "Stop", scale=0, min_width=70, elem_classes="while-busy"
-    )
+    start = gr.Button(name, variant="primary", scale=0, min_width=100, size="md")
+    return start, gr.Button("Stop", scale=0, min_width=70, size="md", elem_classes="while-busy")
 
 
 def token_probabilities() -> gr.Checkbox:

@@ -66,7 +66,7 @@ window.lora_tuner = (() => {
     const query = new URLSearchParams({ tab });
     Object.keys(defaults).forEach((name, index) => {
       const value = values[index];
-      if (Array.isArray(value)) value.forEach(each => query.append(name, each));
+      if (Array.isArray(value)) (value.length ? value : [""]).forEach(each => query.append(name, each));
       else if (![null, undefined, "", defaults[name]].includes(value)) query.set(name, value);
     });
     if (seed && !query.has("seed")) query.set("seed", seed);

@@ -58,7 +58,9 @@ class WriteTab(PageTab):
                     names = self.adapters_dropdown("Compared with the base.", scale=2)
                 with gr.Row():
                     start, stop = buttons("Generate")
-                    again = gr.Button("Regenerate", scale=0, min_width=100, elem_classes="with-answers")
+                    again = gr.Button(
+                        "Regenerate", scale=0, min_width=100, size="md", elem_classes="with-answers"
+                    )
                 output = gr.HTML(
                     html.note("Press Generate to run the prompt on the base and each adapter, side by side."),
                     apply_default_css=False,
@@ -152,14 +154,14 @@ class WriteTab(PageTab):
         """Return updates with the values in the page's address; a line says which are not used.
 
         Args:
-            query: the query of the address, which may hold anything.
+            query: the query of the address, which may hold anything. An empty adapter is none.
             names: the adapters that can be used.
         """
-        known = [name for name in dict.fromkeys(query.getlist("adapter")) if name in names]
-        ignored = [
-            f"adapter {name}: not in the library" for name in query.getlist("adapter") if name not in names
-        ]
-        values: dict[str, object] = {"adapter": known, "bare": query.get("bare") == "true"}
+        adapters = [name for name in dict.fromkeys(query.getlist("adapter")) if name]
+        ignored = [f"adapter {name}: not in the library" for name in adapters if name not in names]
+        values: dict[str, object] = {"bare": query.get("bare") == "true"}
+        if "adapter" in query:
+            values["adapter"] = [name for name in adapters if name in names]
         values["probabilities"] = query.get("probabilities") == "true"
         values["prompt"] = query.get("prompt", PROMPT)
         for name in SETTINGS:

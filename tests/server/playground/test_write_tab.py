@@ -160,6 +160,14 @@ def test_link_shows_the_same(visit, context, served):
     wrong.get_by_role("button", name="Sampling settings").click()
     expect(wrong.get_by_label("Temperature")).to_have_value("0.8")
     expect(wrong.get_by_label("Temperature")).to_be_disabled()
+    for opened in (other, wrong):  # a page holds two of the six connections that a browser has
+        opened.close()
+    bare = visit("/?tab=write")
+    expect(bare.get_by_role("tabpanel").get_by_text("noir", exact=True)).to_be_visible()  # among the newest
+    none = visit("/?tab=write&adapter=")
+    generate(none)
+    wait_for_outputs(none)
+    assert list(outputs(none)) == ["gpt2"]
     page.get_by_role("tab", name="Gains").click()
     expect(page).to_have_url(re.compile("tab=gains$"))
     page.get_by_role("tab", name="Write").click()
