@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check docs screenshot bench clean
+.PHONY: demo test test-slow check docs screenshots bench clean
 .SILENT: $(READY)
 
 demo: adapters/imdb/manifest.json
@@ -32,8 +32,8 @@ docs: $(READY)
 	$(BIN)/python -m tests.method_table
 	$(BIN)/python -m tests.family_table
 
-screenshot: $(READY)  # with the adapters pan and praise of the library
-	LORA_TUNER_SCREENSHOT=docs/playground.png $(BIN)/python -m pytest -m slow tests/server/playground/test_page.py -k screenshot
+screenshots: $(READY)  # trains two adapters, which takes some minutes
+	LORA_TUNER_SCREENSHOTS=$(CURDIR)/docs/page $(BIN)/python -m pytest -n 0 -m slow tests/server/playground/test_screenshots.py
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'

@@ -1,9 +1,7 @@
 """The page in a real browser: keyboard, phone, contrast, hostile adapters, key. See test_page_requests.py."""
 
-import os
 import re
 import signal
-from pathlib import Path
 
 import httpx
 import pytest
@@ -25,9 +23,6 @@ from .browser import (
     wait_for_stream_end,
     waiting_for_events,
 )
-
-ENVIRONMENT = dict(os.environ)  # before fixtures change it
-SCREENSHOT = ENVIRONMENT.get("LORA_TUNER_SCREENSHOT")
 
 
 def test_hostile_text_is_escaped(visit):
@@ -192,33 +187,4 @@ def test_page_requires_key_and_drains_on_shutdown(browser, gpt2, adapters):
         assert served.scheduler.idle
         wait_for_outputs(page)
         expect(page.locator(".facts")).to_have_text([re.compile("cut off|finished")] * 3)
-        page.close()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not SCREENSHOT, reason="`make screenshot` takes the screenshot of the README")
-def test_screenshot(browser, monkeypatch):
-    """Needs the embedded base, and the adapters praise and pan in the library."""
-    monkeypatch.chdir(Path(__file__).parents[3])
-    for name in ("LORA_TUNER_CACHE", "HF_HOME"):
-        monkeypatch.delenv(name)
-        if name in ENVIRONMENT:
-            monkeypatch.setenv(name, ENVIRONMENT[name])
-    with serving("smollm2-135m", "adapters", page=True) as served:
-        page = new_page(
-            browser,
-            base_url=served.url,
-            viewport={"width": 1200, "height": 800},
-            color_scheme="light",
-        )
-        with waiting_for_events(page):
-            page.goto("/")
-        prompt_of(page).fill("This film")
-        open_settings(page)
-        page.get_by_label("Seed").fill("1")
-        page.get_by_label("Max new tokens").fill("66")
-        page.get_by_role("button", name="Sampling settings").click()
-        page.get_by_role("button", name="Generate", exact=True).click()
-        expect(page.locator(".answers")).to_have_attribute("aria-busy", "false", timeout=120_000)
-        page.screenshot(path=SCREENSHOT)
         page.close()
