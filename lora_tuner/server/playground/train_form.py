@@ -37,7 +37,7 @@ _NOT_OFFERED = (
 )
 OFFERED = tuple(name for name in TrainConfig.model_fields if name not in _NOT_OFFERED)
 FIELDS = ("dataset", *OFFERED)
-_LABELS = {"dataset": "Data set", "parent": "Continue from"}
+_LABELS = {"parent": "Continue from"}
 _DEFAULTS = {"epochs": f"1, for at most {DEFAULT_MAX_MINUTES} minutes"}
 _CHOICES = {"file": "each file"}  # Gradio takes "file" for the name of some of its own texts
 _FLAGS = {"from": "parent"}

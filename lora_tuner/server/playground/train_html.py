@@ -250,20 +250,10 @@ def _facts(facts: Mapping[str, str]) -> Markup:
 
 # Runs
 
-_STATES = {
-    JobState.WAITING: "waiting",
-    JobState.STARTING: "starting",
-    JobState.RUNNING: "running",
-    JobState.PAUSED: "paused",
-    JobState.STOPPED: "stopped",
-    JobState.FAILED: "failed",
-    JobState.FINISHED: "finished",
-}
-
 
 def job_label(job: Job) -> str:
     """Describe a job in the list of runs."""
-    state = _STATES[job.state]
+    state = str(job.state)
     if job.state == JobState.WAITING and job.ahead:
         state += f" for {format_count(job.ahead, 'run')}"
     step = f", step {job.step:,}" + (f" of {job.total:,}" if job.total else "") if job.step or job.total else ""
