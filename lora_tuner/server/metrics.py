@@ -21,8 +21,8 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..inference.sequence import Sequence
-from .middleware import API_ENDPOINTS, is_api_path
-from .protocol import error_response
+from .error_responses import API_ENDPOINTS, error_response
+from .middleware import is_api_path
 from .scheduler import Request
 from .service import ModelService
 

@@ -20,9 +20,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..config import ServerConfig
-from .protocol import error_response
+from .error_responses import error_response
 
-API_ENDPOINTS = ("/v1/models", "/v1/completions", "/v1/chat/completions")
 MAX_BODY = 1_000_000  # bytes
 # For other paths than those of the API: anyone may send them, without the key.
 MAX_PAGE_BODY = 200_000

@@ -1,13 +1,11 @@
-"""Schemas of requests, models and errors in OpenAI's API: https://platform.openai.com/docs/api-reference.
+"""Schemas of requests and models in OpenAI's API: https://platform.openai.com/docs/api-reference.
 
 As there, null stands for an omitted field. Values that would change the output in a way that this
 server does not support are rejected by name; `neutral` has those that change nothing.
 """
 
-from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-from fastapi.responses import JSONResponse
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -33,7 +31,6 @@ from ..config import (
     SamplingParams,
 )
 from ..data.chat import Message
-from ..text import escape_control
 from . import neutral
 
 
@@ -293,33 +290,3 @@ class ModelList(BaseModel):
 class Health(BaseModel):
     status: Literal["ok"]
     base: str
-
-
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorResponse(BaseModel):
-    """The body of every response that is not a success."""
-
-    error: ErrorDetail
-
-
-def error_response(
-    status: int,
-    message: str,
-    headers: Mapping[str, str] | None = None,
-    *,
-    param: str | None = None,
-    code: str | None = None,
-) -> JSONResponse:
-    """Create an error in OpenAI's shape. Control characters are escaped: it may quote input."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    if status == 429:
-        kind = "rate_limit_error"
-    param = escape_control(param) if param else None
-    detail = ErrorDetail(message=escape_control(message), type=kind, param=param, code=code)
-    return JSONResponse(ErrorResponse(error=detail).model_dump(), status, headers)

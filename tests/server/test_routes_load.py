@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from lora_tuner.adapters import adapter, library
-from lora_tuner.server import routes, service
+from lora_tuner.server import generate, service
 
 from ..api_server import (
     GREEDY,
@@ -360,7 +360,7 @@ def test_slow_reader_delays_nobody(start_server, expected_texts):
     ids=["n", "prompts", "default max_tokens"],
 )
 def test_product_of_logprobs_is_limited(served, monkeypatch, path, body, field):
-    monkeypatch.setattr(routes, "MAX_LOGPROBS", 10_000)
+    monkeypatch.setattr(generate, "MAX_LOGPROBS", 10_000)
     if path != "completions":
         body = body | {"messages": [{"role": "user", "content": "x"}]}
     error = error_of(served.post(f"/v1/{path}", model="talker", **body), 400)
@@ -369,7 +369,7 @@ def test_product_of_logprobs_is_limited(served, monkeypatch, path, body, field):
 
 
 def test_logprobs_within_limit_are_answered(served, monkeypatch):
-    monkeypatch.setattr(routes, "MAX_LOGPROBS", 2 * 3 * 6)
+    monkeypatch.setattr(generate, "MAX_LOGPROBS", 2 * 3 * 6)
     body = {"model": "talker", "prompt": PROMPT, "n": 2, "logprobs": 5}
     assert served.post("/v1/completions", max_tokens=3, **body).status_code == 200
     assert served.post("/v1/completions", max_tokens=4, **body).status_code == 400

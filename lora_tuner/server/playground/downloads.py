@@ -15,7 +15,7 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from ...adapters import archive
 from ...adapters.library import read_consistently
 from ...errors import AdapterError, LoraTunerError
-from ..protocol import error_response
+from ..error_responses import error_response
 from ..service import ModelService
 from .common import GONE
 from .exports import Exports

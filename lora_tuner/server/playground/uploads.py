@@ -24,8 +24,8 @@ from ...adapters.archive import UPLOADED_FILES
 from ...config import ServerConfig
 from ...text import CODE_EXTENSIONS, DATA_EXTENSIONS, data_extension, format_bytes
 from ...training.jobs import JobState, list_jobs
+from ..error_responses import error_response
 from ..middleware import MAX_SECONDS, UPLOAD_PATH, is_loopback
-from ..protocol import error_response
 
 MAX_FILE_BYTES = 500_000_000
 MAX_FILES = 200  # of an upload

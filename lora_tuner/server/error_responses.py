@@ -1,0 +1,127 @@
+"""Errors as responses in OpenAI's shape: their status, type, code and the field that they are about."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from ..errors import (
+    AdapterError,
+    ContextLengthError,
+    LoraTunerError,
+    QueueFullError,
+    RequestTimeoutError,
+    ServerClosingError,
+    UnknownModelError,
+)
+from ..text import escape_control
+from . import neutral
+from .protocol import ALTERNATIVES
+
+if TYPE_CHECKING:
+    from .metrics import RequestRecord
+    from .service import ModelService
+
+API_ENDPOINTS = ("/v1/models", "/v1/completions", "/v1/chat/completions")
+CLOSING_RETRY_SECONDS = 5  # by then another server may answer
+
+_STATUS: tuple[tuple[type[LoraTunerError], int, str | None], ...] = (  # the first match counts
+    (UnknownModelError, 404, "model_not_found"),
+    (AdapterError, 404, "model_broken"),
+    (QueueFullError, 429, "rate_limit_exceeded"),
+    (ServerClosingError, 503, "stopping"),
+    (RequestTimeoutError, 504, "timeout"),
+    (ContextLengthError, 400, "context_length_exceeded"),
+    (LoraTunerError, 400, None),
+)
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every response that is not a success."""
+
+    error: ErrorDetail
+
+
+def error_response(
+    status: int,
+    message: str,
+    headers: Mapping[str, str] | None = None,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+) -> JSONResponse:
+    """Create an error in OpenAI's shape. Control characters are escaped: it may quote input."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    if status == 429:
+        kind = "rate_limit_error"
+    param = escape_control(param) if param else None
+    detail = ErrorDetail(message=escape_control(message), type=kind, param=param, code=code)
+    return JSONResponse(ErrorResponse(error=detail).model_dump(), status, headers)
+
+
+async def http_error(request: Request, error: HTTPException) -> Response:
+    status, path = error.status_code, request.url.path[:200]
+    messages = {
+        404: f"There is nothing at {path}: the API has {', '.join(API_ENDPOINTS)}.",
+        405: f"{path} does not support {request.method}.",
+    }
+    return error_response(status, messages.get(status, str(error.detail)), error.headers)
+
+
+async def validation_error(request: Request, error: RequestValidationError) -> Response:
+    """Report all problems of a request, grouped by field."""
+    known_fields = neutral.CHAT if request.url.path.startswith("/v1/chat/") else neutral.COMPLETION
+    problems: dict[str, dict[str, None]] = {}  # the inner one is an ordered set of texts
+    for problem in error.errors()[:50]:
+        location, kind = problem["loc"][1:], problem["type"]
+        field, text = _field_path(location), problem["msg"]
+        if kind == "json_invalid":
+            field, text = "", f"The body is not valid JSON: {problem['ctx']['error']}, at character {location[0]}"
+        elif kind == "extra_forbidden":
+            text = neutral.refusal(known_fields if len(location) == 1 else neutral.NESTED, str(location[-1]))
+        elif not field:
+            text = "The body should be a JSON object, sent with the header Content-Type: application/json"
+        problems.setdefault(field, {})[text] = None
+    lines = [
+        f"{field}: {', or '.join(texts)}" if field else next(iter(texts)) for field, texts in problems.items()
+    ]
+    return error_response(400, f"{'; '.join(lines)}.", param=next(iter(problems)) or None)
+
+
+def _field_path(location: Sequence[int | str]) -> str:
+    """Write a location in a request as OpenAI does: `messages[2].content`."""
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part not in ALTERNATIVES:
+            path += f".{part[:100]}" if path else part[:100]
+    return path
+
+
+async def lora_tuner_error(service: "ModelService", request: Request, error: Exception) -> JSONResponse:
+    """Describe an error. The text of an unexpected one goes into the log alone."""
+    record: RequestRecord = request.state.record
+    matches = ((status, code) for kind, status, code in _STATUS if isinstance(error, kind))
+    status, code = next(matches, (500, None))
+    if status == 500:
+        text = record.log_failure(error)
+    else:
+        text = str(error) if isinstance(error, UnknownModelError) else service.hide_paths(str(error))
+        record.code = code or type(error).__name__
+    seconds = error.seconds if isinstance(error, QueueFullError) else CLOSING_RETRY_SECONDS
+    headers = {"Retry-After": str(seconds)} if status in (429, 503) else None
+    param = "model" if isinstance(error, AdapterError) else getattr(error, "param", None)
+    return error_response(status, text, headers, param=param, code=code)

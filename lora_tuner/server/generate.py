@@ -1,0 +1,186 @@
+"""Generation for one request: prompts into the queue, then one response or server-sent events.
+
+An error within a stream is sent as an event, since the status is already out.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from functools import lru_cache, partial
+
+from fastapi import Request as HTTPRequest
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from ..errors import RequestError
+from ..text import format_count
+from .error_responses import lora_tuner_error
+from .metrics import CLIENT_CLOSED_REQUEST, RequestRecord
+from .protocol import ChatRequest, CompletionRequest, StreamOptions
+from .responses import EndpointFormat, OutputDelta, OutputReader, ResponseFields, TokenSpeller, Usage, token_text
+from .scheduler import Request
+from .service import ModelService
+
+TOKEN_TEXT_CACHE = 16_384  # tokens whose text is cached; a few MB
+MAX_LOGPROBS = 100_000  # of a request: one takes about 1 KB while the response is formatted
+
+
+async def generate(
+    service: ModelService,
+    endpoint: EndpointFormat,
+    spell: TokenSpeller,
+    body: CompletionRequest | ChatRequest,
+    http_request: HTTPRequest,
+) -> Response:
+    record: RequestRecord = http_request.state.record
+    record.user, record.stream = body.user, body.stream
+    count = body.n * len(body.prompts)
+    capacity = service.config.max_batch + service.config.max_waiting
+    if count > capacity:
+        raise RequestError(
+            f"n: {format_count(count, 'output')} requested, the limit of this server is {capacity:,}.", "n"
+        )
+    prepared = await service.prepare_request(body.model, body.prompts, body.n)
+    record.model = body.model  # only now, so that no client fills the metrics with labels
+    if prepared.lora is not None and prepared.lora.tokenizer is not None:
+        spell = lru_cache(TOKEN_TEXT_CACHE)(partial(token_text, prepared.lora.tokenizer))
+    max_tokens = service.max_new_tokens(prepared.prompts, body.requested_tokens)
+    num_logprobs = 0 if body.num_top_logprobs is None else count * max_tokens * (1 + body.num_top_logprobs)
+    if num_logprobs > MAX_LOGPROBS:
+        field = "top_logprobs" if isinstance(body, ChatRequest) else "logprobs"
+        raise RequestError(
+            f"{field}: {format_count(count, 'output')} of up to {format_count(max_tokens, 'token')}, with "
+            f"{body.num_top_logprobs} alternatives for each token, have {num_logprobs:,} "
+            f"log-probabilities; the limit of this server is {MAX_LOGPROBS:,}. Lower {field}, n "
+            "or max_tokens.",
+            field,
+        )
+    request = record.request = service.submit(
+        prepared,
+        body.sampling(max_tokens),
+        started=record.started,
+        n=body.n,
+        top_logprobs=body.num_top_logprobs,
+    )
+    fields = ResponseFields(
+        id=f"{endpoint.id_prefix}{record.id}",
+        created=int(time.time()),
+        model=body.model,
+        system_fingerprint=f"fp_{service.base.files.fingerprint[:12]}",
+    )
+    if body.stream:
+        events = _server_sent_events(
+            service,
+            endpoint,
+            spell,
+            request,
+            fields,
+            http_request,
+            (body.stream_options or StreamOptions()).include_usage,
+        )
+        return _EventStream(events, service, request)
+    if not await _wait_for(service, request, http_request):
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    if request.error is not None:
+        raise request.error
+
+    def to_json() -> str:
+        fields.usage = _usage(record)
+        outputs = _next_deltas([OutputReader(sequence) for sequence in request.sequences])
+        return endpoint.response(fields, outputs, spell).model_dump_json()
+
+    # Many log-probabilities take long to format, which would hold up other connections.
+    body_json = to_json() if num_logprobs == 0 else await service.run_in_thread("format", to_json)
+    return Response(body_json, media_type="application/json")
+
+
+def _next_deltas(readers: list[OutputReader]) -> dict[int, OutputDelta]:
+    deltas = {index: reader.next_delta() for index, reader in enumerate(readers)}
+    return {index: delta for index, delta in deltas.items() if delta is not None}
+
+
+async def _wait_for(service: ModelService, request: Request, http_request: HTTPRequest) -> bool:
+    """Wait until the request is complete (True) or the client disconnects, which cancels it."""
+
+    async def follow_output() -> None:
+        async with aclosing(service.watch(request)) as updates:
+            async for _ in updates:
+                pass
+
+    async def wait_for_disconnect() -> None:
+        while (await http_request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = asyncio.create_task(follow_output()), asyncio.create_task(wait_for_disconnect())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return request.complete
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _server_sent_events(
+    service: ModelService,
+    endpoint: EndpointFormat,
+    spell: TokenSpeller,
+    request: Request,
+    fields: ResponseFields,
+    http_request: HTTPRequest,
+    include_usage: bool,
+) -> AsyncIterator[str]:
+    """Yield an event for each delta, then the usage if it is wanted, then [DONE]."""
+
+    def event(outputs: dict[int, OutputDelta]) -> str:
+        chunk = endpoint.chunk(fields, outputs, spell)
+        return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
+
+    if include_usage:
+        fields.usage = None  # in every chunk but the last
+    readers = [OutputReader(sequence) for sequence in request.sequences]
+    try:
+        async with aclosing(service.watch(request)) as updates:
+            async for _ in updates:
+                if request.error is not None:
+                    raise request.error
+                for index, delta in _next_deltas(readers).items():
+                    yield event({index: delta})
+    except Exception as error:
+        failure = await lora_tuner_error(service, http_request, error)
+        yield f"data: {bytes(failure.body).decode()}\n\n"
+        return
+    if include_usage:
+        fields.usage = _usage(http_request.state.record)
+        yield event({})
+    yield "data: [DONE]\n\n"
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events for one client; its request is cancelled when the client disconnects."""
+
+    def __init__(self, events: AsyncIterator[str], service: ModelService, request: Request) -> None:
+        super().__init__(
+            events,
+            media_type="text/event-stream",
+            headers={
+                "Cache-Control": "no-cache",
+                "X-Accel-Buffering": "no",  # nginx would buffer them
+            },
+        )
+        self.cancel = partial(service.scheduler.cancel, request)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.cancel()
+
+
+def _usage(record: RequestRecord) -> Usage:
+    return Usage(
+        prompt_tokens=record.prompt_tokens,
+        completion_tokens=record.new_tokens,
+        total_tokens=record.prompt_tokens + record.new_tokens,
+    )
