@@ -31,6 +31,7 @@ from ..adapters.library import Library
 from ..config import ModelOptions, ServerConfig
 from ..errors import ConfigError, EventHandler, Interrupted, Notice
 from ..inference.generator import Generator
+from ..training import jobs
 from ..training.signals import HANGUP, TERMINATION, handle_signals
 from .metrics import JsonLines, Metrics, RepeatFilter
 from .middleware import MAX_SECONDS, is_loopback
@@ -80,7 +81,8 @@ def serve(
     from .playground.app import mount  # Gradio takes seconds to import
 
     library = Library(adapters_dir)
-    library.names()  # report a folder that cannot be read at once
+    library.names()  # report folders that cannot be read at once
+    jobs.list_jobs(settings.runs_dir)
     only = [adapter.path for adapter in library.get_all(adapters)]
     if not only and options.base is None:
         options = _with_most_common_base(library, options)

@@ -5,7 +5,10 @@ whole conversation back with each event, past the limit of a request.
 """
 
 import contextlib
+import re
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterable
+from dataclasses import dataclass, field
 from functools import partial
 
 import gradio as gr
@@ -51,13 +54,18 @@ EDITING = Markup(
     '<p class="note" role="status">Editing question {0}: it is asked anew, and what follows it is dropped. '
     '<button type="button" data-action="cancel" data-turn="{0}">Cancel</button></p>'
 )
+KEY = re.compile("[0-9a-f]{32}")  # of a conversation; the browser makes it, and sends it after a reload
+MAX_KEPT = 200  # conversations that a reloaded page finds again
 Update = object  # of a component
 
 
+@dataclass
 class ChatTab(PageTab):
     """Ask the base or an adapter, go on with the conversation, and rate the answers."""
 
-    def build(self, tab: gr.Tab) -> gr.Dropdown:
+    kept: OrderedDict[str, Conversation] = field(default_factory=OrderedDict)  # the last used is the last
+
+    def build(self, tab: gr.Tab, page: gr.Blocks) -> gr.Dropdown:
         """Add the tab, and return the choice of the model."""
         names = self.model_names()
         missing = gr.HTML(self._missing(), visible=not names, apply_default_css=False)
@@ -83,7 +91,7 @@ class ChatTab(PageTab):
                     "", label="System message", info="Stands before the conversation. Empty: none.", max_lines=12
                 )
             settings = sampling_controls()
-        conversation = gr.State(Conversation())
+        conversation, key = gr.State(Conversation()), gr.Textbox(visible=False)
         shown = [message, history, current, said]
         fields = [*shown, *settings]
         inputs = [message, conversation, model, system, probabilities, *settings]
@@ -92,6 +100,8 @@ class ChatTab(PageTab):
         answer.then(self.show, conversation, shown, show_progress="hidden", api_visibility="private")
         on([history.select, current.select, said.select], self.act, conversation, shown, trigger_mode="multiple")
         on(new.click, self.restart, conversation, shown, cancels=[answer])
+        restored = [conversation, history, current]
+        on(page.load, self.restore, key, restored, js="() => lora_tuner.conversationKey()")
         on(tab.select, self.refresh, model, [model, missing, controls])
         return model
 
@@ -159,8 +169,22 @@ class ChatTab(PageTab):
                 async for (output,) in updates:
                     answer.read(output)
                     yield [gr.skip(), gr.skip(), self._current(conversation), *[gr.skip()] * len(INFOS)]
+            await self._end(conversation)
+            yield [gr.skip(), gr.skip(), self._current(conversation), *[gr.skip()] * len(INFOS)]
         finally:
             answer.writing = False  # also when it is stopped: `show` follows
+
+    async def restore(self, key: str) -> tuple[Conversation, Markup, Markup]:
+        """Find the conversation of a page that was reloaded, and show it."""
+        if not KEY.fullmatch(key or ""):
+            return (conversation := Conversation()), Markup(""), self._current(conversation)
+        conversation = self.kept.setdefault(key, Conversation())
+        self.kept.move_to_end(key)
+        if len(self.kept) > MAX_KEPT:
+            self.kept.popitem(last=False)
+        conversation.edited = None  # what was typed in its place is gone
+        await self._end(conversation)
+        return conversation, self._history(conversation), self._current(conversation)
 
     async def _end(self, conversation: Conversation) -> None:
         """Complete the facts and probabilities of the last answer."""

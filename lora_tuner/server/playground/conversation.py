@@ -1,4 +1,4 @@
-"""A visitor's conversation: questions, answers, thumbs. Kept in memory as long as the page is open."""
+"""A visitor's conversation: questions, answers, thumbs. Kept in memory, also for a page that is reloaded."""
 
 import itertools
 import secrets

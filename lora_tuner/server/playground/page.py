@@ -61,7 +61,7 @@ class Page:
                 with gr.Tab("Write", id="write"):
                     dropdowns = [self.write.build(page)]
                 with gr.Tab("Chat", id="chat") as tab:
-                    chat_model = self.chat.build(tab)
+                    chat_model = self.chat.build(tab, page)
                 with gr.Tab("Blend", id="blend") as tab:
                     blend_dropdowns, saved = self.blend.build(tab)
                     dropdowns += blend_dropdowns

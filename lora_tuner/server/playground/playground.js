@@ -3,7 +3,7 @@ window.lora_tuner = (() => {
   const MAX_ADDRESS = 4000; // characters; a longer prompt is left out
   const MAX_PROMPTS = 30, MAX_PROMPT = 10000; // that are remembered; characters
   const CHECK_MS = 2000, PATIENCE_MS = 8000; // a busy server may take seconds to answer
-  const PROMPTS = "lora_tuner.prompts", ANSWERS = "lora_tuner.answers";
+  const PROMPTS = "lora_tuner.prompts", ANSWERS = "lora_tuner.answers", CONVERSATION = "lora_tuner.conversation";
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 
   const read = (storage, key, standard) => {
@@ -106,6 +106,15 @@ window.lora_tuner = (() => {
     return showPrompts([]);
   };
 
+  // The conversation of this page, which the server keeps for a reload.
+
+  const conversationKey = () => {
+    const random = () => [...crypto.getRandomValues(new Uint8Array(16))].map(byte => byte.toString(16).padStart(2, "0"));
+    const key = read(sessionStorage, CONVERSATION, null) ?? random().join("");
+    write(sessionStorage, CONVERSATION, key);
+    return [key];
+  };
+
   // Copy an answer.
 
   const copy = async text => {
@@ -183,5 +192,5 @@ window.lora_tuner = (() => {
     subtree: true, childList: true, attributes: true, attributeFilter: ["aria-busy", "aria-selected", "class"],
   });
   setTimeout(check, CHECK_MS);
-  return { earlierPrompts: () => showPrompts(earlierPrompts()), forgetPrompts, keepAddress, newSeed, rememberPrompt, takeAnswers };
+  return { conversationKey, earlierPrompts: () => showPrompts(earlierPrompts()), forgetPrompts, keepAddress, newSeed, rememberPrompt, takeAnswers };
 })();

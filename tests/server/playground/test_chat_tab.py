@@ -184,6 +184,27 @@ def test_stopped_answer_stays(served, visitor):
     assert len(visitor.answers) == 2
 
 
+def test_reload_restores_only_its_conversation(visitor, monkeypatch):
+    monkeypatch.setattr("lora_tuner.server.playground.chat_tab.MAX_KEPT", 2)
+    keys = ["0" * 32, "1" * 32, "2" * 32]
+
+    def restore(key):
+        visitor.conversation, *_, shown = run_async(visitor.tab.restore(key))
+        return shown
+
+    assert "Ask a question" in restore(keys[0])
+    visitor.ask("so?")
+    assert "so?" not in restore(keys[1])
+    assert "so?" in restore(keys[0])
+    restore(keys[2])  # drops the one that was not used for longest
+    assert "so?" in restore(keys[0])
+    restore(keys[1])
+    restore(keys[2])
+    assert "so?" not in restore(keys[0])
+    for wrong in ("", None, "so", "../../etc"):
+        assert "Ask a question" in restore(wrong)
+
+
 def test_probabilities_equal_api(served, visitor):
     shown, _ = visitor.ask("so?", probabilities=True)
     choice = api_answer(served, "noir", [{"role": "user", "content": "so?"}], logprobs=True, top_logprobs=5)
@@ -317,6 +338,12 @@ def test_chat_by_keyboard_in_browser(visit, feedback):
         page.keyboard.press("Enter")
     expect(message_of(page)).to_have_value("so\nwhat?")
     assert focused(page) == "Message"
+    page.reload()  # the conversation is still there, and goes on
+    expect(page.locator(".asked .text:visible")).to_have_text("so\nwhat?")
+    message_of(page).fill("and then?")
+    page.get_by_role("button", name="Send").click()
+    expect(page.locator(".asked .text:visible")).to_have_text(["so\nwhat?", "and then?"])
+    wait_for_answer(page)
 
 
 @pytest.mark.slow

@@ -95,21 +95,27 @@ def wait_for_state(page, text):
     expect(page.locator(".run h2")).to_contain_text(re.compile(text), timeout=WAIT)
 
 
+def wait_until(condition):
+    end = time.monotonic() + WAIT / 1000
+    while not condition():
+        assert time.monotonic() < end, jobs.find_job("mine", Path("runs")).log.read_text()
+        time.sleep(0.02)
+
+
 def pause_at(step):
     """Pause the run as soon as it has taken so many steps, so that it is looked at in the middle."""
-    end = time.monotonic() + WAIT / 1000
-    while time.monotonic() < end:
+
+    def has_come():
         job = jobs.find_job("mine", Path("runs"))
-        if job.state == jobs.JobState.RUNNING and job.step >= step:
-            jobs.pause_job(job)
-            return
-        time.sleep(0.02)
-    raise AssertionError(job.log.read_text())
+        return job.state == jobs.JobState.RUNNING and job.step >= step
+
+    wait_until(has_come)
+    jobs.pause_job(jobs.find_job("mine", Path("runs")))
 
 
 @pytest.mark.slow
 def test_file_becomes_adapter_in_browser(browser, base, start_server, reviews, tmp_path):
-    """Reloaded, and with the server killed in the middle; a second visitor's run waits."""
+    """Reloaded, and with the server killed in the middle, twice; a second visitor's run waits."""
     (name, settings), server, problems = base, start_server(), []
     page = visit(browser, start_server.url, problems)
     drop(page, reviews, settings)
@@ -144,10 +150,18 @@ def test_file_becomes_adapter_in_browser(browser, base, start_server, reviews, t
 
     server.kill()
     server.wait()
-    start_server()
+    server = start_server()
     page = visit(browser, start_server.url, problems)
     expect(page.locator(".run h2")).to_have_text(shown, timeout=WAIT)
     page.get_by_role("button", name="Continue").click()
+    wait_for_state(page, "mine: (running|finished)")
+    page.close()
+
+    server.kill()
+    server.wait()
+    wait_until(lambda: "mine" in Library().names())  # the run goes on without a server
+    start_server()
+    page = visit(browser, start_server.url, problems)
     wait_for_state(page, "mine: finished, step 30 of 30")
     assert Library().get("mine").manifest.run.steps == 30
     page.get_by_role("button", name="Write with it").click()
