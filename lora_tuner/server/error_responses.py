@@ -1,7 +1,6 @@
-"""Errors as responses in OpenAI's shape: their status, type, code and the field that they are about."""
+"""Errors in OpenAI's shape, and those of requests that no endpoint can read."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
@@ -10,35 +9,11 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ..errors import (
-    AdapterError,
-    ContextLengthError,
-    LoraTunerError,
-    QueueFullError,
-    RequestTimeoutError,
-    ServerClosingError,
-    UnknownModelError,
-)
 from ..text import escape_control
 from . import neutral
 from .protocol import ALTERNATIVES
 
-if TYPE_CHECKING:
-    from .metrics import RequestRecord
-    from .service import ModelService
-
 API_ENDPOINTS = ("/v1/models", "/v1/completions", "/v1/chat/completions")
-CLOSING_RETRY_SECONDS = 5  # by then another server may answer
-
-_STATUS: tuple[tuple[type[LoraTunerError], int, str | None], ...] = (  # the first match counts
-    (UnknownModelError, 404, "model_not_found"),
-    (AdapterError, 404, "model_broken"),
-    (QueueFullError, 429, "rate_limit_exceeded"),
-    (ServerClosingError, 503, "stopping"),
-    (RequestTimeoutError, 504, "timeout"),
-    (ContextLengthError, 400, "context_length_exceeded"),
-    (LoraTunerError, 400, None),
-)
 
 
 class ErrorDetail(BaseModel):
@@ -109,19 +84,3 @@ def _field_path(location: Sequence[int | str]) -> str:
         elif part not in ALTERNATIVES:
             path += f".{part[:100]}" if path else part[:100]
     return path
-
-
-async def lora_tuner_error(service: "ModelService", request: Request, error: Exception) -> JSONResponse:
-    """Describe an error. The text of an unexpected one goes into the log alone."""
-    record: RequestRecord = request.state.record
-    matches = ((status, code) for kind, status, code in _STATUS if isinstance(error, kind))
-    status, code = next(matches, (500, None))
-    if status == 500:
-        text = record.log_failure(error)
-    else:
-        text = str(error) if isinstance(error, UnknownModelError) else service.hide_paths(str(error))
-        record.code = code or type(error).__name__
-    seconds = error.seconds if isinstance(error, QueueFullError) else CLOSING_RETRY_SECONDS
-    headers = {"Retry-After": str(seconds)} if status in (429, 503) else None
-    param = "model" if isinstance(error, AdapterError) else getattr(error, "param", None)
-    return error_response(status, text, headers, param=param, code=code)

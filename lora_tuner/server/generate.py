@@ -1,6 +1,7 @@
 """Generation for one request: prompts into the queue, then one response or server-sent events.
 
-An error within a stream is sent as an event, since the status is already out.
+Errors get their status, type and code; one within a stream is sent as an event, since the status
+is already out.
 """
 
 import asyncio
@@ -10,12 +11,22 @@ from contextlib import aclosing
 from functools import lru_cache, partial
 
 from fastapi import Request as HTTPRequest
+from fastapi.responses import JSONResponse
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ..errors import RequestError
+from ..errors import (
+    AdapterError,
+    ContextLengthError,
+    LoraTunerError,
+    QueueFullError,
+    RequestError,
+    RequestTimeoutError,
+    ServerClosingError,
+    UnknownModelError,
+)
 from ..text import format_count
-from .error_responses import lora_tuner_error
+from .error_responses import error_response
 from .metrics import CLIENT_CLOSED_REQUEST, RequestRecord
 from .protocol import ChatRequest, CompletionRequest, StreamOptions
 from .responses import EndpointFormat, OutputDelta, OutputReader, ResponseFields, TokenSpeller, Usage, token_text
@@ -24,6 +35,17 @@ from .service import ModelService
 
 TOKEN_TEXT_CACHE = 16_384  # tokens whose text is cached; a few MB
 MAX_LOGPROBS = 100_000  # of a request: one takes about 1 KB while the response is formatted
+CLOSING_RETRY_SECONDS = 5  # by then another server may answer
+
+_STATUS: tuple[tuple[type[LoraTunerError], int, str | None], ...] = (  # the first match counts
+    (UnknownModelError, 404, "model_not_found"),
+    (AdapterError, 404, "model_broken"),
+    (QueueFullError, 429, "rate_limit_exceeded"),
+    (ServerClosingError, 503, "stopping"),
+    (RequestTimeoutError, 504, "timeout"),
+    (ContextLengthError, 400, "context_length_exceeded"),
+    (LoraTunerError, 400, None),
+)
 
 
 async def generate(
@@ -184,3 +206,19 @@ def _usage(record: RequestRecord) -> Usage:
         completion_tokens=record.new_tokens,
         total_tokens=record.prompt_tokens + record.new_tokens,
     )
+
+
+async def lora_tuner_error(service: ModelService, request: HTTPRequest, error: Exception) -> JSONResponse:
+    """Describe an error. The text of an unexpected one goes into the log alone."""
+    record: RequestRecord = request.state.record
+    matches = ((status, code) for kind, status, code in _STATUS if isinstance(error, kind))
+    status, code = next(matches, (500, None))
+    if status == 500:
+        text = record.log_failure(error)
+    else:
+        text = str(error) if isinstance(error, UnknownModelError) else service.hide_paths(str(error))
+        record.code = code or type(error).__name__
+    seconds = error.seconds if isinstance(error, QueueFullError) else CLOSING_RETRY_SECONDS
+    headers = {"Retry-After": str(seconds)} if status in (429, 503) else None
+    param = "model" if isinstance(error, AdapterError) else getattr(error, "param", None)
+    return error_response(status, text, headers, param=param, code=code)

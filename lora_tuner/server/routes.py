@@ -28,8 +28,8 @@ from ..adapters.adapter import Adapter
 from ..data.readers import unique_keys
 from ..errors import LoraTunerError
 from ..text import display_name
-from .error_responses import ErrorResponse, error_response, http_error, lora_tuner_error, validation_error
-from .generate import TOKEN_TEXT_CACHE, generate
+from .error_responses import ErrorResponse, error_response, http_error, validation_error
+from .generate import TOKEN_TEXT_CACHE, generate, lora_tuner_error
 from .metrics import Metrics, RequestLog
 from .middleware import CrossOriginMiddleware, SecurityMiddleware
 from .protocol import AdapterInfo, ChatRequest, CompletionRequest, Health, ModelCard, ModelList
