@@ -104,7 +104,7 @@ class BlendTab(PageTab):
 
     async def blend(
         self,
-        prompt: str,
+        prompt: str | None,
         left: str | None,
         right: str | None,
         weight: float,
@@ -117,6 +117,7 @@ class BlendTab(PageTab):
         Yields updates of the output and of the controls in `INFOS`; none of the slider, which would lose its value.
         """
         slider.moved = move = slider.moved + 1
+        prompt = prompt or ""  # Gradio sends None for a field that was not shown yet
         problems = {} if prompt.strip() else {"prompt": "enter a prompt"}
         problems |= {name: "choose an adapter" for name, end in (("left", left), ("right", right)) if not end}
         if left and left == right:

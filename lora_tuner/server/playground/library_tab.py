@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -22,6 +23,14 @@ TABLE_SCRIPT = Path(__file__).with_name("library.js").read_text(encoding="utf-8"
 CARD_SCRIPT = Path(__file__).with_name("card.js").read_text(encoding="utf-8")
 on_slow = partial(on, show_progress="minimal")  # shows that it works
 CHOOSE = "Choose an adapter to see its details."
+
+
+@dataclass(eq=False)
+class ShownAdapter:
+    """The adapter whose card a visitor sees; no name without a card. Changed in place, so that an
+    event which ends late does not bring an earlier one back."""
+
+    name: str = ""
 
 
 class LibraryTab(PageTab):
@@ -47,25 +56,25 @@ class LibraryTab(PageTab):
         if may_train(self.service.config):
             self._build_upload(table)
         card = gr.HTML(html.note(CHOOSE), apply_default_css=False, js_on_load=CARD_SCRIPT)
-        name = gr.State("")  # of the adapter that is shown
+        adapter = gr.State(ShownAdapter())
         spectrum = gr.HTML(apply_default_css=False, render=False)  # it comes last, so that nothing moves
         with gr.Column(visible=False) as actions:
-            self._build_verify(name)
+            self._build_verify(adapter)
             if may_train(self.service.config):
-                self._build_export(name)
-                self._build_push(name)
-                self._build_rename(name, [table, card, actions, spectrum])
-                self._build_remove(name, [table, card, actions, spectrum])
+                self._build_export(adapter)
+                self._build_push(adapter)
+                self._build_rename(adapter, [table, card, actions, spectrum])
+                self._build_remove(adapter, [table, card, actions, spectrum])
             else:
                 gr.HTML(html.note(OFF), apply_default_css=False)
         spectrum.render()
-        shown = [name, card, actions, spectrum]
-        self.details = [*shown, *self.cleared]
+        shown = [card, actions, spectrum]
+        self.adapter, self.details = adapter, [*shown, *self.cleared]
         on([tab.select, refresh.click], self.library, None, table)
         for list_of_names in (table, card):
             list_of_names.select(
                 self.open,
-                None,
+                adapter,
                 self.details,
                 scroll_to_output=True,
                 show_progress="minimal",
@@ -92,7 +101,7 @@ class LibraryTab(PageTab):
         )
         on_slow([add.click, new.submit], self.adopt, [upload, new], [result, drop, upload, new, table])
 
-    def _build_export(self, name: gr.State) -> None:
+    def _build_export(self, adapter: gr.State) -> None:
         with gr.Accordion("Export", open=False):
             with gr.Row():
                 formats = gr.Dropdown([*FORMATS], value=next(iter(FORMATS)), label="Format", scale=2)
@@ -107,21 +116,21 @@ class LibraryTab(PageTab):
                 check = gr.Button("Check", scale=0, min_width=140)
                 start, stop = buttons("Export")
             result = self._result()
-        on_slow([check.click, formats.input], self.check_export, [name, formats], result)
-        connect_stop(on(start.click, self.export, [name, formats, precision], result), stop, result)
+        on_slow([check.click, formats.input], self.check_export, [adapter, formats], result)
+        connect_stop(on(start.click, self.export, [adapter, formats, precision], result), stop, result)
 
-    def _build_verify(self, name: gr.State) -> None:
+    def _build_verify(self, adapter: gr.State) -> None:
         verify = gr.Button("Verify", scale=0, min_width=140)
-        on_slow(verify.click, self.verify, name, self._result())
+        on_slow(verify.click, self.verify, adapter, self._result())
 
-    def _build_rename(self, name: gr.State, shown: Sequence[gr.HTML | gr.Column]) -> None:
+    def _build_rename(self, adapter: gr.State, shown: Sequence[gr.HTML | gr.Column]) -> None:
         with gr.Accordion("Rename", open=False):
             new = gr.Textbox(label="New name", max_lines=1)
             button = gr.Button("Rename", scale=0, min_width=140)
             result = self._result()
-        on([button.click, new.submit], self.rename, [name, new], [result, new, name, *shown])
+        on([button.click, new.submit], self.rename, [adapter, new], [result, new, *shown])
 
-    def _build_remove(self, name: gr.State, shown: Sequence[gr.HTML | gr.Column]) -> None:
+    def _build_remove(self, adapter: gr.State, shown: Sequence[gr.HTML | gr.Column]) -> None:
         with gr.Accordion("Remove", open=False):
             ask = gr.Button("Remove ...", scale=0, min_width=140)
             question = self._result()
@@ -130,11 +139,11 @@ class LibraryTab(PageTab):
                 keep = gr.Button("Keep it", scale=0, min_width=140, visible=False)
         self.cleared |= {confirm: gr.update(visible=False), keep: gr.update(visible=False)}
         answers = [question, confirm, keep]
-        on(ask.click, self.ask_removal, name, answers)
+        on(ask.click, self.ask_removal, adapter, answers)
         on(keep.click, lambda: _question(""), None, answers)
-        on(confirm.click, self.remove, name, [*answers, name, *shown])
+        on(confirm.click, self.remove, adapter, [*answers, *shown])
 
-    def _build_push(self, name: gr.State) -> None:
+    def _build_push(self, adapter: gr.State) -> None:
         with gr.Accordion("Push to the Hugging Face Hub", open=False):
             if why := self.actions.why_no_push():
                 gr.HTML(html.note(why), apply_default_css=False)
@@ -147,9 +156,9 @@ class LibraryTab(PageTab):
                 push = gr.Button("Push", variant="primary", scale=0, min_width=140, interactive=False)
             result = self._result()
         self.cleared[push] = gr.update(interactive=False)
-        on_slow([check.click, repo.submit], self.check_push, [name, repo, private], [result, push])
+        on_slow([check.click, repo.submit], self.check_push, [adapter, repo, private], [result, push])
         on([repo.input, private.input], lambda: ("", gr.update(interactive=False)), None, [result, push])
-        on_slow(push.click, self.push, [name, repo, private], [result, push])
+        on_slow(push.click, self.push, [adapter, repo, private], [result, push])
 
     # What is shown
 
@@ -160,28 +169,33 @@ class LibraryTab(PageTab):
         except (LoraTunerError, OSError) as error:
             return self.failure(error)
 
-    async def open(self, event: gr.EventData) -> AsyncGenerator[tuple[object, ...], None]:
+    async def open(self, shown: ShownAdapter, event: gr.EventData) -> AsyncGenerator[tuple[object, ...], None]:
         """Show the adapter whose name was clicked, without results of what was done with another."""
-        async for shown in self.show(str(event.name)):
-            yield *shown, *self.cleared.values()
+        cleared = [*self.cleared.values()]
+        async for updates in self.show(shown, str(event.name)):
+            yield *updates, *cleared
+            cleared = [gr.skip()] * len(cleared)
 
-    async def show(self, name: str) -> AsyncGenerator[tuple[object, ...], None]:
-        """Show an adapter: its card at once, then its spectrum."""
+    async def show(self, shown: ShownAdapter, name: str) -> AsyncGenerator[tuple[object, ...], None]:
+        """Show an adapter: its card at once, then its spectrum, if no other one is shown by then."""
+        shown.name = ""
         try:
             models = await self.service.run_in_thread("list", self.adapters)
         except (LoraTunerError, OSError) as error:
-            yield "", self.failure(error), gr.update(visible=False), ""
+            yield self.failure(error), gr.update(visible=False), ""
             return
         model = next((model for model in models if model.id == name), None)
         if model is None or model.path is None:
-            yield "", html.failure(GONE.format(name)), gr.update(visible=False), ""
+            yield html.failure(GONE.format(name)), gr.update(visible=False), ""
             return
         card = await self.service.run_in_thread("library", partial(self.card, model, models))
-        yield name, card, gr.update(visible=True), ""
+        shown.name = name
+        yield card, gr.update(visible=True), ""
         if model.broken is None:
             # One thread: matplotlib is not thread-safe.
             spectrum = await self.service.run_in_thread("draw", partial(self.spectrum, model.path))
-            yield name, card, gr.update(visible=True), spectrum
+            if shown.name == name:
+                yield gr.skip(), gr.skip(), spectrum
 
     def card(self, model: ServedModel, models: Sequence[ServedModel]) -> str:
         """Show what is in the folder of an adapter."""
@@ -227,11 +241,11 @@ class LibraryTab(PageTab):
         added, result = await self._attempt(adopt, "library-long")
         return (result, drop_zone(), "", "", await self.library()) if added else (result, *[gr.skip()] * 4)
 
-    async def check_export(self, name: str, label: str) -> str:
+    async def check_export(self, shown: ShownAdapter, label: str) -> str:
         """Show whether an adapter can be exported to a format, and notes on it."""
         try:
             problems, notes = await self.service.run_in_thread(
-                "library-long", lambda: self.exports.verdict(name, label)
+                "library-long", lambda: self.exports.verdict(shown.name, label)
             )
         except (LoraTunerError, OSError) as error:
             return self.failure(error)
@@ -241,10 +255,10 @@ class LibraryTab(PageTab):
             verdict = html.failure(hide(f"Not possible: {'; '.join(problems)}."))
         return verdict + library_html.bullets([hide(note) for note in notes])
 
-    async def export(self, name: str, label: str, precision: str) -> AsyncGenerator[str, None]:
+    async def export(self, shown: ShownAdapter, label: str, precision: str) -> AsyncGenerator[str, None]:
         """Export an adapter, and offer the result as a download."""
         try:
-            async with contextlib.aclosing(self.exports.export(name, label, precision)) as updates:
+            async with contextlib.aclosing(self.exports.export(shown.name, label, precision)) as updates:
                 async for update in updates:
                     if isinstance(update, Export):
                         yield library_html.download(update.href, update.title)
@@ -253,42 +267,43 @@ class LibraryTab(PageTab):
         except (LoraTunerError, OSError) as error:
             yield self.failure(error)
 
-    async def verify(self, name: str) -> str:
+    async def verify(self, shown: ShownAdapter) -> str:
         """Compare an adapter with its manifest."""
-        return (await self._attempt(partial(self.actions.verify, name), "library-long"))[1]
+        return (await self._attempt(partial(self.actions.verify, shown.name), "library-long"))[1]
 
-    async def rename(self, name: str, new: str) -> AsyncGenerator[tuple[object, ...], None]:
+    async def rename(self, shown: ShownAdapter, new: str) -> AsyncGenerator[tuple[object, ...], None]:
         """Rename an adapter, and show it under its new name."""
         new = str(new or "").strip()
-        renamed, result = await self._attempt(partial(self.actions.rename, name, new))
+        renamed, result = await self._attempt(partial(self.actions.rename, shown.name, new))
         if not renamed:
-            yield result, *[gr.skip()] * 6
+            yield result, *[gr.skip()] * 5
             return
         table = await self.library()
-        async for shown, *card in self.show(new):  # in one event: Gradio may lose one that follows another
-            yield result, "", shown, table, *card
+        async for updates in self.show(shown, new):  # in one event: Gradio may lose one that follows another
+            yield result, "", table, *updates
 
-    async def ask_removal(self, name: str) -> tuple[object, ...]:
+    async def ask_removal(self, shown: ShownAdapter) -> tuple[object, ...]:
         """Name what is lost, and ask."""
-        asked, question = await self._attempt(partial(self.actions.describe_loss, name))
+        asked, question = await self._attempt(partial(self.actions.describe_loss, shown.name))
         return _question(question, asked)
 
-    async def remove(self, name: str) -> tuple[object, ...]:
+    async def remove(self, shown: ShownAdapter) -> tuple[object, ...]:
         """Remove an adapter, and show that in place of its card."""
-        removed, result = await self._attempt(partial(self.actions.remove, name))
+        removed, result = await self._attempt(partial(self.actions.remove, shown.name))
         if not removed:
-            return *_question(result), name, *[gr.skip()] * 4
-        return *_question(""), "", await self.library(), result, gr.update(visible=False), ""
+            return *_question(result), *[gr.skip()] * 4
+        shown.name = ""
+        return *_question(""), await self.library(), result, gr.update(visible=False), ""
 
-    async def check_push(self, name: str, repo: str, private: bool) -> tuple[object, ...]:
+    async def check_push(self, shown: ShownAdapter, repo: str, private: bool) -> tuple[object, ...]:
         """Ask the Hub for the right to write, and allow pushing if it is given."""
-        check = partial(self.actions.check_push, name, str(repo or "").strip(), bool(private))
+        check = partial(self.actions.check_push, shown.name, str(repo or "").strip(), bool(private))
         allowed, result = await self._attempt(check, "push")
         return result, gr.update(interactive=allowed)
 
-    async def push(self, name: str, repo: str, private: bool) -> tuple[object, ...]:
+    async def push(self, shown: ShownAdapter, repo: str, private: bool) -> tuple[object, ...]:
         """Push an adapter to the Hub."""
-        push = partial(self.actions.push, name, str(repo or "").strip(), bool(private))
+        push = partial(self.actions.push, shown.name, str(repo or "").strip(), bool(private))
         return (await self._attempt(push, "push"))[1], gr.update(interactive=False)
 
 

@@ -18,7 +18,7 @@ from .blend_tab import BlendTab
 from .chat_tab import ChatTab
 from .common import on
 from .gains_tab import GainsTab
-from .library_tab import LibraryTab
+from .library_tab import LibraryTab, ShownAdapter
 from .requests import PageRequests
 from .sweeps_tab import SweepsTab
 from .train_runs import RunsView
@@ -71,7 +71,9 @@ class Page:
                     dropdowns += [self.gains.build()]
                 with gr.Tab("Sweeps", id="sweeps") as tab:
                     sweep = self.sweeps.build(tab)
-            opened = on(sweep.select, self.open_in_library, None, [self.tabs, *self.library.details])
+            opened = on(
+                sweep.select, self.open_in_library, self.library.adapter, [self.tabs, *self.library.details]
+            )
             opened.then(None, js=SCROLL_TO_DETAILS, api_visibility="private")
             refresh_events.append(training.ended.change)
             on(training.write.click, self.open_in_write, training.view, [self.tabs, dropdowns[0]])
@@ -108,9 +110,11 @@ class Page:
             updates[control] = updates.get(control, {}) | update
         return updates
 
-    async def open_in_library(self, event: gr.EventData) -> AsyncGenerator[tuple[object, ...], None]:
+    async def open_in_library(
+        self, shown: ShownAdapter, event: gr.EventData
+    ) -> AsyncGenerator[tuple[object, ...], None]:
         """Show the details of the adapter whose name was clicked in another tab."""
-        async with contextlib.aclosing(self.library.open(event)) as updates:
+        async with contextlib.aclosing(self.library.open(shown, event)) as updates:
             async for details in updates:
                 yield gr.Tabs(selected="library"), *details
 

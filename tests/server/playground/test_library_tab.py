@@ -165,7 +165,7 @@ def test_adapter_is_uploaded_renamed_removed(visit, served, adapters, tmp_path):
 
 def test_unreadable_library_is_named(tmp_path, served, monkeypatch):
     """A file in place of the folder: the tab says so, and the page stays."""
-    from lora_tuner.server.playground.library_tab import LibraryTab
+    from lora_tuner.server.playground.library_tab import LibraryTab, ShownAdapter
 
     (tmp_path / "adapters").write_text("no folder")
     library = Library(tmp_path / "adapters")
@@ -177,6 +177,25 @@ def test_unreadable_library_is_named(tmp_path, served, monkeypatch):
         async with contextlib.aclosing(updates):
             return await anext(updates)
 
-    name, card, *_ = run_async(first(tab.show("noir")))
-    assert name == ""
+    card, *_ = run_async(first(tab.show(shown := ShownAdapter("noir"), "noir")))
+    assert shown.name == ""
     assert "adapters is not a folder" in card
+
+
+def test_late_spectrum_replaces_no_other(served):
+    """An event that ends after the next one has begun leaves what that one shows."""
+    from lora_tuner.server.playground.library_tab import LibraryTab, ShownAdapter
+
+    tab, shown = LibraryTab(served.service, None), ShownAdapter()
+
+    async def click_twice():
+        first, second = tab.show(shown, "noir"), tab.show(shown, "verse")
+        async with contextlib.aclosing(first), contextlib.aclosing(second):
+            await anext(first)
+            await anext(second)
+            return [update async for update in first], [update async for update in second]
+
+    late, last = run_async(click_twice())
+    assert late == []
+    assert "Spectrum" in str(last[0][-1])
+    assert shown.name == "verse"

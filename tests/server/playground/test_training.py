@@ -162,6 +162,7 @@ def test_file_becomes_adapter_in_browser(browser, base, start_server, reviews, t
     wait_until(lambda: "mine" in Library().names())  # the run goes on without a server
     start_server()
     page = visit(browser, start_server.url, problems)
+    page.get_by_role("tab", name="Train").click()
     wait_for_state(page, "mine: finished, step 30 of 30")
     assert Library().get("mine").manifest.run.steps == 30
     page.get_by_role("button", name="Write with it").click()
