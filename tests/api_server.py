@@ -134,12 +134,12 @@ def read_all(connection):
 
 
 @contextlib.contextmanager
-def serving(base, adapters_dir, only=(), *, page=False, **settings):
+def serving(base, adapters_dir, only=(), *, page=False, dtype="auto", **settings):
     settings = ServerConfig(**{"port": 0, "timeout": 60.0} | settings)
     generator = Generator(
         adapters_dir=adapters_dir,
         max_resident=settings.max_resident,
-        options=ModelOptions(base=str(base), device="cpu"),
+        options=ModelOptions(base=str(base), device="cpu", dtype=dtype),
     )
     service = ModelService(generator, settings, only)
     app = create_app(service)

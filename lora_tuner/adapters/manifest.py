@@ -14,7 +14,11 @@ from ..config import CleanMode, NearDuplicatesRule, is_conversation
 from ..text import format_rows
 
 SCHEMA_VERSION = 2
+MAX_PROBES = 64  # a stranger's manifest decides how many requests a check sends
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # strict: one becomes a file name
+# Table of a probe -> scale of the adapter.
+SCALES = {"base": 0.0, "half": 0.5, "adapter": 1.0, "double": 2.0}
+NextTokens = Annotated[dict[str, Annotated[float, Field(le=0)]], Field(min_length=1)]
 
 
 class _ManifestModel(BaseModel):
@@ -196,10 +200,26 @@ class ParentInfo(_ManifestModel):
     parents: list["ParentInfo"] = []
 
 
+class Probe(_ManifestModel):
+    """A short prompt, and its likeliest next tokens with their log-probabilities in nats: of the
+    base, of the adapter, and of the adapter at half and at double its scale.
+
+    `chat`: the prompt is a user's message, asked through the chat template.
+    """
+
+    prompt: str
+    chat: bool = False
+    base: NextTokens  # fields of SCALES
+    half: NextTokens
+    adapter: NextTokens
+    double: NextTokens
+
+
 class Manifest(_ManifestModel):
     """`manifest.json`. Fields are None before a run has ended, and for an adopted adapter.
 
-    `made_by` is the command that made the adapter without training, such as `blend a=0.7 b=0.3`.
+    `made_by` is the command that made the adapter without training, such as `blend a=0.7 b=0.3`;
+    `probes` are what `adapters check --url` compares with a server, None in older manifests.
     """
 
     schema_version: int = Field(default=SCHEMA_VERSION, ge=1, le=SCHEMA_VERSION)
@@ -210,6 +230,7 @@ class Manifest(_ManifestModel):
     made_by: str | None = None
     parents: list[ParentInfo] = []
     result: EvalResult | None = None
+    probes: Annotated[list[Probe], Field(min_length=1, max_length=MAX_PROBES)] | None = None
     weights: WeightsInfo | None = None
     versions: dict[str, str] = {}
 

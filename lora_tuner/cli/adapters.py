@@ -6,23 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..adapters import compatibility
 from ..adapters.adapter import CARD_FILE, Adapter, verify_adapter
 from ..adapters.library import Ancestor, Library, current_name
 from ..convert.adopt import adopt
-from ..convert.model_check import check_export
 from ..errors import AdapterError, os_error_message
 from ..models.layers_in_files import known_coverage
 from ..text import display_name, format_bytes, format_count, format_counts, format_duration, format_gain, one_line
 from ..training.progress import display
-from .display import (
-    format_result,
-    print_stderr,
-    print_table,
-    print_wrapped,
-    show_fields,
-    show_json,
-)
+from .check import check_adapter
+from .display import format_result, print_stderr, print_table, show_fields, show_json
 from .help import HelpGroup
 from .options import (
     DEFAULT_ADAPTERS_DIR,
@@ -301,35 +293,7 @@ def adopt_adapter(
     show_json(adopted.to_dict()) if as_json else print(adopted.path)
 
 
-@adapters_app.command("check", cls=StrictCommand)
-def check_adapter(
-    adapter: AdapterArgument,
-    tool: Annotated[compatibility.Tool, typer.Option("--for", help="The tool to check for.", show_default=False)],
-    adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
-    as_json: JsonOption = False,
-) -> None:
-    """Check whether another tool can load an adapter, and whether `export` can write it.
-
-    gguf is the adapter for llama.cpp; gguf-merged and ollama are whole models. Exit status 1, with a remedy, if it cannot.
-
-    python cli.py adapters check poems --for vllm
-
-    Docs: docs/other-tools.md
-    """
-    checked = Library(adapters_dir).get(adapter)
-    report = check_export(checked, tool)
-    if as_json:
-        fields = {"notes": report.notes, "accepted": report.accepted, "base_examined": report.base_examined}
-        show_json({"tool": tool, "obstacles": report.errors, **fields})
-    else:
-        verdict = "compatible with" if report.accepted else "not compatible with"
-        if report.accepted and tool != "peft" and not report.base_examined:
-            verdict = "no obstacle found for"
-        print(one_line(f"{checked.name}: {verdict} {tool}"))
-        for line in [*report.errors, *report.notes]:
-            print_wrapped(one_line(line), "- ")
-    if not report.accepted:
-        raise typer.Exit(1)
+adapters_app.command("check", cls=StrictCommand)(check_adapter)
 
 
 def push(

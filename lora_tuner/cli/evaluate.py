@@ -26,6 +26,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from ..adapters.adapter import Adapter
     from ..analysis.leak import Leak
     from ..evaluation import GainMatrix
 
@@ -53,6 +54,13 @@ def evaluate(
             help="Show how much of each gain comes from held-out rows that have a near copy among the training rows.",
         ),
     ] = False,
+    probes: Annotated[
+        bool,
+        typer.Option(
+            "--probes",
+            help="Measure instead the probes of `adapters check --url`, and write them into the manifests.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     *,
@@ -73,7 +81,16 @@ def evaluate(
     if leak and (plot or overrides):
         names = ["plot"] * bool(plot) + [*overrides]
         raise ConfigError(f"{', '.join(names)}: --leak measures the rows held out in training, so leave it out.")
+    if probes and (plot or leak or eval_rows or overrides):
+        given = {"plot": plot, "leak": leak, "eval_rows": eval_rows} | overrides
+        names = [name for name, value in given.items() if value]
+        raise ConfigError(f"{', '.join(names)}: --probes measures prompts alone, so leave it out.")
     loaded = Library(adapters_dir).get_all(adapters)
+    if probes:
+        from ..convert.remeasure import remeasure
+
+        show_probes(remeasure(loaded, options), as_json=as_json)
+        return
     if leak:
         from ..analysis.leak import measure_leak
 
@@ -123,6 +140,22 @@ def show_gains(matrix: "GainMatrix") -> None:
     for eval_set in matrix.sets:
         if eval_set.missing:
             print_stderr(f"{eval_set.name} has no column: {eval_set.missing}.")
+
+
+def show_probes(adapters: Sequence["Adapter"], *, as_json: bool) -> None:
+    """Print how far base and adapter are apart on the probes of each adapter."""
+    from ..analysis.server_check import own_probes, span_of
+
+    probes = {adapter.name: own_probes(adapter) for adapter in adapters}
+    if as_json:
+        rows = []
+        for name, of in probes.items():
+            rows.append({"name": name, "probes": len(of), "difference": span_of(of)})
+        show_json(rows)
+        return
+    for name, of in probes.items():
+        difference = f"base and adapter differ by {span_of(of):.3f} nats each"
+        print(f"{name}: {len(of)} probes, on which {difference}")
 
 
 def show_leaks(leaks: Sequence["Leak"]) -> None:

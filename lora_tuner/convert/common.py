@@ -26,6 +26,7 @@ from ..data.prompts import held_out_prompts
 from ..data.splitting import content_hash
 from ..errors import AdapterError, EventHandler, Notice
 from ..evaluation import HeldOutLoss
+from ..inference import probes
 from ..models import delta, loading, lora
 from ..models.base_files import BaseModelFiles
 from ..models.delta import Deltas
@@ -252,7 +253,6 @@ def write_adapter(
     _copy_tokenizer(parents, folder, notify)
     written = load_adapter_folder(folder)
     losses = evaluation.held_out_losses(base, {name: written}, sets, notify)[0]
-    comparison = verify_written(base, written, deltas, name, sets, notify)
     data = _dataset_info(parents, sets, parents_sets)
     manifest = Manifest(
         created=utc_timestamp(),
@@ -264,8 +264,13 @@ def write_adapter(
         weights=weights_info(written),
         versions=lora.library_versions(),
     )
-    (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     texts = [text for eval_set in sets for text in eval_set.texts]
+    measured = probes.measure_stored(
+        base, written, texts, is_chat=manifest.is_chat, options=ModelOptions(notify=notify)
+    )
+    comparison = verify_written(base, written, deltas, name, sets, notify)
+    manifest = manifest.model_copy(update=measured)
+    (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     prompts = held_out_prompts(texts, conversations=manifest.is_chat)
     card = model_card.model_card(load_adapter_folder(folder), name, prompts)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")

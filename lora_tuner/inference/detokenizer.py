@@ -1,8 +1,10 @@
 """Turn token ids into text one token at a time."""
 
+import re
 from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 CONTEXT_TOKENS = 6  # decoded before new ones, because some tokenizers drop a leading space
 _INCOMPLETE = "\ufffd"  # decoded in place of a character that lacks bytes
@@ -61,3 +63,31 @@ class IncrementalDetokenizer:
             text, self.stopped = text[: min(hits)], True
         held_back = 0 if self.stopped else max((len(stop) - 1 for stop in self.stop), default=0)
         self.text, self.stable_text = text, text[: max(len(text) - held_back, 0)]
+
+
+# The characters with which GPT-2's vocabulary writes single bytes.
+_BYTE_OF_CHAR: dict[str, int] = {char: byte for byte, char in bytes_to_unicode().items()}
+
+
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> tuple[str, list[int] | None]:
+    """Return the text and the bytes of a token.
+
+    A token that is part of a character is spelled as OpenAI does, such as `bytes:\\xe2`. The bytes
+    are None where the tokenizer does not tell them.
+    """
+
+    def decode(*ids: int) -> str:
+        return str(tokenizer.decode([*ids], clean_up_tokenization_spaces=False))
+
+    # Decoded alone, some tokens lose their leading space.
+    text = decode(token, token)[len(decode(token)) :]
+    if "\ufffd" not in text:
+        return text, list(text.encode())
+    piece = str(tokenizer.convert_ids_to_tokens(token))
+    if match := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+        data = [int(match[1], 16)]
+    elif all(character in _BYTE_OF_CHAR for character in piece):
+        data = [_BYTE_OF_CHAR[character] for character in piece]
+    else:
+        return text, None
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), data

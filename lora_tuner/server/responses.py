@@ -7,15 +7,13 @@ is then spelled by its bytes, and the text follows with the token that completes
 tokens of one character share its text offset.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel
-from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from ..inference.detokenizer import token_text as token_text
 from ..inference.sequence import FinishReason, Sequence, TokenLogprobs
 
 MIN_LOGPROB = -9999.0  # OpenAI's value for a probability of zero
@@ -255,30 +253,3 @@ def _top_logprob(token: int, logprob: float, spell: TokenSpeller) -> TopLogprob:
 
 COMPLETION = EndpointFormat("cmpl-", _completion, _completion)
 CHAT = EndpointFormat("chatcmpl-", _chat_completion, _chat_chunk)
-
-# The characters with which GPT-2's vocabulary writes single bytes.
-_BYTE_OF_CHAR: dict[str, int] = {char: byte for byte, char in bytes_to_unicode().items()}
-
-
-def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> tuple[str, list[int] | None]:
-    """Return the text and the bytes of a token.
-
-    A token that is part of a character is spelled as OpenAI does, such as `bytes:\\xe2`. The bytes
-    are None where the tokenizer does not tell them.
-    """
-
-    def decode(*ids: int) -> str:
-        return str(tokenizer.decode([*ids], clean_up_tokenization_spaces=False))
-
-    # Decoded alone, some tokens lose their leading space.
-    text = decode(token, token)[len(decode(token)) :]
-    if "\ufffd" not in text:
-        return text, list(text.encode())
-    piece = str(tokenizer.convert_ids_to_tokens(token))
-    if match := re.fullmatch("<0x([0-9A-F]{2})>", piece):
-        data = [int(match[1], 16)]
-    elif all(character in _BYTE_OF_CHAR for character in piece):
-        data = [_BYTE_OF_CHAR[character] for character in piece]
-    else:
-        return text, None
-    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), data

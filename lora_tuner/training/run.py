@@ -353,6 +353,7 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
                     "data": data.model_copy(update={"sources": sources}),
                     "run": run.model_copy(update={**trained, "advice": advice}),
                     "result": result,
+                    **setup.measured_fields(),
                 }
             )
             texts = distributed.run_on_rank_zero(partial(samples.finish, state, int(trained["kept_step"])))

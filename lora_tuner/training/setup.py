@@ -30,6 +30,7 @@ from ..data.splitting import content_hash
 from ..data.tokenization import encoded_hash
 from ..errors import ConfigError, EventHandler, Notice, Progress, ignore_events
 from ..evaluation import HeldOutLoss, gain_on
+from ..inference import probes
 from ..models import added_tokens, fsdp, fused_blocks, initialization, kernels, lora, replaced, replacement
 from ..models.base_files import quiet_transformers
 from ..text import describe_coverage, format_bytes, format_count
@@ -128,6 +129,12 @@ class TrainingSetup(TrainingInputs):
         sources = self.dataset.held_out_sources
         rows = [row for row, text in enumerate(self.measured_texts) if sources.get(text) == number]
         return gain_on(rows, base, adapter)
+
+    def measured_fields(self) -> dict[str, object]:
+        """Measure what the manifest holds of the trained adapter beside its loss."""
+        is_chat, at_scale = self.manifest.is_chat, probes.scales_of_trained(self.model)
+        texts = self.measured_texts
+        return probes.measured_fields(self.base, texts, is_chat=is_chat, at_scale=at_scale)
 
     @cached_property
     def manifest(self) -> Manifest:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_tuner import EvalSet, GainMatrix, ModelOptions, evaluate, evaluation
+from lora_tuner import EvalSet, GainMatrix, Library, ModelOptions, evaluate, evaluation
 from lora_tuner.adapters import plots
 from lora_tuner.adapters.manifest import EvalResult
 from lora_tuner.cli.evaluate import show_gains
@@ -194,3 +194,18 @@ def test_evaluate_errors(two, tmp_path, gpt2):
     assert "Missing argument" in flat(run("evaluate", exit_code=2).stderr)
     run("evaluate", "noir", "--eval-rows", 1, exit_code=2)
     assert not list(tmp_path.glob("*gains*"))
+
+
+def test_probes_are_measured_again(two, gpt2):
+    noir = two[0]
+    old = noir.manifest.model_copy(update={"probes": None})
+    (noir.path / "manifest.json").write_text(old.to_json())
+    shown = run("evaluate", "noir", "--probes").stdout
+    assert re.fullmatch(r"noir: 8 probes, on which base and adapter differ by \d+\.\d{3} nats each\n", shown)
+    assert len(Library().get("noir").manifest.probes) == 8
+    (figures,) = json.loads(run("evaluate", "noir", "--probes", "--json").stdout)
+    assert (figures["name"], figures["probes"], figures["difference"] > 0) == ("noir", 8, True)
+    for option in (["--leak"], ["--eval-rows", "5"], ["--plot", "x.png"]):
+        assert "--probes measures prompts alone, so leave it out." in error(
+            "evaluate", "noir", "--probes", *option
+        )
