@@ -29,6 +29,7 @@ from . import (
     page,
     quality,
     rates,
+    routing,
     serving,
     sizes,
     stream,
@@ -52,6 +53,7 @@ PARTS = {
     "near_duplicates": near_duplicates.run,
     "rates": rates.run,
     "page": page.run,
+    "routing": routing.run,
 }
 STUDIES = (
     "overhead",
@@ -64,6 +66,7 @@ STUDIES = (
     "near_duplicates",
     "rates",
     "page",
+    "routing",
 )  # slow, so they run only when named
 PACKAGES = ("lora_tuner", "torch", "transformers", "peft", "trl", "xllamacpp")
 

@@ -17,6 +17,12 @@ from .errors import ConfigError, EventHandler, ignore_events
 from .text import split_weight
 
 DEFAULT_BASE = "distilgpt2"
+AUTO_MODEL = "auto"  # lets the adapter be chosen by the prompt
+RESERVED_NAME = f"the name {AUTO_MODEL} lets an adapter be chosen by the prompt, so rename this one."
+NO_ADAPTER_TO_CHOOSE = (
+    "there is no adapter whose scores on its held-out rows are known. Training measures them, and "
+    "`python cli.py evaluate NAME --probes` for an older adapter."
+)
 EMBEDDED_BASE = "smollm2-135m"
 HELD_OUT = "held-out"  # an `eval_dataset`: the rows held out of the training data
 DELIMITER_NAMES = {"tab": "\t", "space": " "}  # of those that are not easily typed

@@ -182,6 +182,24 @@ class RunInfo(_ManifestModel):
     advice: str | None = None
 
 
+class RoutingInfo(_ManifestModel):
+    """Gain of the adapter on the first tokens of its own held-out rows, for model `auto`.
+
+    `gain` is the mean over the rows after so many `tokens`, in nats per token, and `deviation` its standard
+    deviation. Of conversations the tokens are those of the question.
+    """
+
+    tokens: list[int] = Field(min_length=1)
+    gain: list[float]
+    deviation: list[float]
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> "RoutingInfo":
+        if not len(self.tokens) == len(self.gain) == len(self.deviation) or sorted(self.tokens) != self.tokens:
+            raise ValueError("tokens are ascending, and each has a gain and a deviation")
+        return self
+
+
 class WeightsInfo(_ManifestModel):
     """The weights file. `config` is the hash of adapter_config.json."""
 
@@ -231,6 +249,7 @@ class Manifest(_ManifestModel):
     parents: list[ParentInfo] = []
     result: EvalResult | None = None
     probes: Annotated[list[Probe], Field(min_length=1, max_length=MAX_PROBES)] | None = None
+    routing: RoutingInfo | None = None
     weights: WeightsInfo | None = None
     versions: dict[str, str] = {}
 
@@ -248,6 +267,15 @@ class Manifest(_ManifestModel):
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
+
+
+def why_never_chosen(manifest: Manifest | None) -> str | None:
+    """Return the reason why model `auto` never chooses an adapter; None for one that it may choose."""
+    if manifest is None or manifest.routing is None:
+        return "its scores on held-out rows are unknown (`evaluate NAME --probes` measures them, if it has such rows)"
+    if max(manifest.routing.gain) <= 0:
+        return "it gains nothing on the beginnings of its own held-out rows"
+    return None
 
 
 def utc_timestamp() -> str:

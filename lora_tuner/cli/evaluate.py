@@ -58,7 +58,7 @@ def evaluate(
         bool,
         typer.Option(
             "--probes",
-            help="Measure instead the probes of `adapters check --url`, and write them into the manifests.",
+            help="Measure instead what `adapters check --url` and the adapter auto compare, into the manifests.",
         ),
     ] = False,
     as_json: JsonOption = False,

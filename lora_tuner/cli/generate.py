@@ -12,12 +12,13 @@ from rich.text import Text
 
 from ..adapters.adapter import Adapter
 from ..adapters.library import Library
-from ..config import ModelOptions, SamplingParams
+from ..config import AUTO_MODEL, ModelOptions, SamplingParams
 from ..errors import ConfigError, GenerationError, LoraTunerError, Notice
 from ..settings_files import resolve_settings
 from ..text import escape_control, format_names
 from ..training.progress import display
-from .display import BASE_LABEL, color_system, describe_template, show_json, show_text
+from .auto import adapters_to_choose
+from .display import BASE_LABEL, color_system, describe_template, print_stderr, show_json, show_text
 from .interactive import ANSWER as ANSWER
 from .interactive import PROMPT as PROMPT
 from .interactive import heading, print_outputs, quote, run_interactive
@@ -35,6 +36,7 @@ from .options import (
 if TYPE_CHECKING:
     from ..data.chat import Message
     from ..inference.generator import EncodedPrompt, GenerationOutput, Generator, Prompt
+    from ..inference.routing import Choice
 
 MIN_COLUMN_WIDTH = 36  # characters; with less, texts are not shown side by side
 
@@ -80,7 +82,9 @@ def generate(
     adapter: Annotated[
         str | None,
         typer.Option(
-            help="Adapter, by name or path.", show_default="the base", autocompletion=complete_adapter_names
+            help="Adapter, by name or path; auto: the one of the library that fits the prompt, or the base.",
+            show_default="the base",
+            autocompletion=complete_adapter_names,
         ),
     ] = None,
     file: FileOption = None,
@@ -105,7 +109,13 @@ def generate(
         raise ConfigError("--force needs an adapter: name one with --adapter.")
     if is_given(ctx, "adapters_dir") and adapter is None and prompts is not None:
         raise ConfigError("--adapters-dir needs an adapter: name one with --adapter.")
-    adapters = [Library(adapters_dir).get(adapter)] if adapter else []
+    if adapter == AUTO_MODEL and prompts is None:
+        raise ConfigError(
+            f"--adapter {AUTO_MODEL} needs prompts: give one as an argument, --file, or - for stdin."
+        )
+    library = Library(adapters_dir)
+    named = library.get_all([adapter] if adapter and adapter != AUTO_MODEL else [])
+    adapters = adapters_to_choose(library) if adapter == AUTO_MODEL else named
     chat, opening = _check_chat(chat, system, adapters), _opening_messages(system)
     from ..inference.generator import Generator
 
@@ -113,6 +123,28 @@ def generate(
     if prompts is None:
         run_interactive(generator, overrides, chat, opening)
         return
+    if adapter == AUTO_MODEL:
+        asked = [_choose_and_encode(generator, text, chat, opening) for text in prompts]
+    else:
+        asked = [(encoded, None) for encoded in _encode_for_current(generator, prompts, chat, opening)]
+    results: list[dict[str, object]] = []
+    for number, (encoded, choice) in enumerate(asked, 1):
+        if choice is not None:
+            generator.set_adapter(choice.adapter)
+            print_stderr(choice.describe())
+        if as_json:
+            routing = {"routing": choice.to_dict()} if choice is not None else {}
+            results += [output.to_dict() | routing for output in generator.generate_all(encoded, sampling)]
+        else:
+            print_outputs(generator, encoded, sampling, number, len(asked))
+    if as_json:
+        show_json(results)
+
+
+def _encode_for_current(
+    generator: "Generator", prompts: list[str], chat: bool | None, opening: "list[Message]"
+) -> "list[EncodedPrompt]":
+    """Tokenize prompts in the form that the current adapter has learned, unless `chat` says which."""
     name = generator.current_adapter
     if chat is None and generator.is_chat(name):
         chat = True
@@ -121,13 +153,22 @@ def generate(
         )
     elif chat is None:
         prompts = _fill_prompts(generator, prompts, [name])[name]
-    encoded_prompts = _encode_prompts(generator, prompts, opening if chat else None, name)
-    if as_json:
-        outputs = [output for encoded in encoded_prompts for output in generator.generate_all(encoded, sampling)]
-        show_json([output.to_dict() for output in outputs])
-    else:
-        for number, encoded in enumerate(encoded_prompts, 1):
-            print_outputs(generator, encoded, sampling, number, len(encoded_prompts))
+    return _encode_prompts(generator, prompts, opening if chat else None, name)
+
+
+def _choose_and_encode(
+    generator: "Generator", prompt: str, chat: bool | None, opening: "list[Message]"
+) -> "tuple[EncodedPrompt, Choice | None]":
+    """Choose an adapter for a prompt, which becomes the current one, and tokenize the prompt for it."""
+    from ..inference.routing import choose_adapter
+
+    asked: dict[str, Prompt] = {}
+    for name in generator.loaded_adapters:
+        is_chat = generator.is_chat(name) if chat is None else chat
+        asked[name] = _as_conversation(prompt, opening if is_chat else None)
+    choice = choose_adapter(generator, asked)
+    generator.set_adapter(choice.adapter)
+    return _encode_for_current(generator, [prompt], chat, opening)[0], choice
 
 
 def _fill_prompts(

@@ -68,12 +68,9 @@ class GenerationEngine:
     def add(self, sequences: list[Sequence]) -> None:
         """Generate for these sequences from the next step on."""
         for sequence in sequences:
-            additive = sequence.lora is None or sequence.lora.is_additive
-            decoder: DecoderInterface = self.cpu_decoder if self.cpu_decoder and additive else self.hf_decoder
-            alone = sequence.lora is not None and sequence.lora.adapts_experts
-            key = (decoder, sequence.lora if alone or not decoder.mixed_batches else None)
+            key = self.batch_key(sequence.lora)
             if key not in self._batches:
-                self._batches[key] = RunningBatch(decoder, self.multi_lora)
+                self._batches[key] = RunningBatch(key[0], self.multi_lora)
             self._batches[key].waiting.append(sequence)
         if not self._notified and sum(decoder is not self.cpu_decoder for decoder, _ in self._batches) > 1:
             why = "This base flattens the rows of a batch"
@@ -81,6 +78,13 @@ class GenerationEngine:
                 why = "Experts get the tokens of all rows of a batch at once"
             self.notify(Notice(f"{why}, so each adapter runs in its own batch."))
             self._notified = True
+
+    def batch_key(self, lora: LoadedAdapter | None) -> tuple[DecoderInterface, LoadedAdapter | None]:
+        """Return the decoder for rows with an adapter, and the adapter itself if only its rows can share a batch."""
+        additive = lora is None or lora.is_additive
+        decoder: DecoderInterface = self.cpu_decoder if self.cpu_decoder and additive else self.hf_decoder
+        alone = lora is not None and lora.adapts_experts
+        return decoder, lora if alone or not decoder.mixed_batches else None
 
     @torch.inference_mode()
     def step(self) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
 from ..adapters.adapter import Adapter
+from ..adapters.manifest import RoutingInfo
 from ..data.row_template import Template
 from ..errors import AdapterError, MixedBatchError
 from ..models.delta import load_deltas
@@ -47,7 +48,7 @@ class LoadedAdapter:
     is still in use. `tokenizer` is that of an adapter whose own differs from the base's, `replaced`
     what it has in place of modules of the base, `vocab_size` the number of its token ids, 0 for
     those of the base; `is_chat` says that it has learned conversations, `template` in which form
-    it has learned texts."""
+    it has learned texts, `routing` what its own rows gain."""
 
     layers: dict[str, _LayerLora]
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -55,6 +56,7 @@ class LoadedAdapter:
     vocab_size: int = 0
     is_chat: bool = False
     template: Template | None = None
+    routing: RoutingInfo | None = None
     fused: dict[tuple[str, ...], LoraFactors] = field(default_factory=dict)  # a cache
 
     @property
@@ -123,6 +125,7 @@ class MultiLora:
             vocab_size=vocab_size,
             is_chat=adapter.is_chat,
             template=adapter.manifest.template if adapter.manifest else None,
+            routing=adapter.manifest.routing if adapter.manifest else None,
         )
 
     def untrained(self, loaded: LoadedAdapter) -> LoadedAdapter:

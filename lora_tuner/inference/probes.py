@@ -5,7 +5,7 @@ uses. Price: about ten forward passes over a few hundred tokens.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from ..models.loading import LoadedBase
 from ..models.tokenizer import load_adapter_tokenizer
 from .detokenizer import token_text
 from .multi_lora import MultiLora
+from .routing import AtScale, measure_routing
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -39,8 +40,6 @@ NEUTRAL_PROMPTS = (
     "She opened the door and", "Chapter 1", "First of all,", "According to the report,",
 )  # fmt: skip
 
-AtScale = Callable[[float], AbstractContextManager[None]]  # inside, the adapter has that scale
-
 
 def measured_fields(
     base: LoadedBase, texts: Sequence[str], *, is_chat: bool, at_scale: AtScale
@@ -53,7 +52,10 @@ def measured_fields(
         is_chat: the adapter has learned conversations.
         at_scale: enters the adapter at a scale, 0 for the plain base.
     """
-    return {"probes": measure_probes(base, texts, is_chat=is_chat, at_scale=at_scale)}
+    return {
+        "probes": measure_probes(base, texts, is_chat=is_chat, at_scale=at_scale),
+        "routing": measure_routing(base, texts, at_scale),
+    }
 
 
 def measure_stored(

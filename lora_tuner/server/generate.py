@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from functools import lru_cache, partial
+from urllib.parse import quote
 
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse
@@ -35,6 +36,7 @@ from .service import ModelService
 
 TOKEN_TEXT_CACHE = 16_384  # tokens whose text is cached; a few MB
 MAX_LOGPROBS = 100_000  # of a request: one takes about 1 KB while the response is formatted
+ADAPTER_HEADER = "X-Adapter"  # the model that was chosen for auto
 CLOSING_RETRY_SECONDS = 5  # by then another server may answer
 
 _STATUS: tuple[tuple[type[LoraTunerError], int, str | None], ...] = (  # the first match counts
@@ -63,8 +65,14 @@ async def generate(
         raise RequestError(
             f"n: {format_count(count, 'output')} requested, the limit of this server is {capacity:,}.", "n"
         )
-    prepared = await service.prepare_request(body.model, body.prompts, body.n)
-    record.model = body.model  # only now, so that no client fills the metrics with labels
+    model, auto, choice = body.model, http_request.app.state.auto, None
+    if auto.is_asked(model):
+        if len(body.prompts) > 1:
+            raise RequestError("prompt: auto chooses for one prompt, so send a request for each.", "prompt")
+        choice = await auto.choose(body.prompts[0])
+        model, record.auto = auto.model_of(choice), True
+    prepared = await service.prepare_request(model, body.prompts, body.n)
+    record.model = model  # only now, so that no client fills the metrics with labels
     if prepared.lora is not None and prepared.lora.tokenizer is not None:
         spell = lru_cache(TOKEN_TEXT_CACHE)(partial(token_text, prepared.lora.tokenizer))
     max_tokens = service.max_new_tokens(prepared.prompts, body.requested_tokens)
@@ -88,9 +96,12 @@ async def generate(
     fields = ResponseFields(
         id=f"{endpoint.id_prefix}{record.id}",
         created=int(time.time()),
-        model=body.model,
+        model=model,
         system_fingerprint=f"fp_{service.base.files.fingerprint[:12]}",
     )
+    headers = {}
+    if choice is not None:
+        fields.routing, headers[ADAPTER_HEADER] = choice, quote(model)
     if body.stream:
         events = _server_sent_events(
             service,
@@ -101,7 +112,7 @@ async def generate(
             http_request,
             (body.stream_options or StreamOptions()).include_usage,
         )
-        return _EventStream(events, service, request)
+        return _EventStream(events, service, request, headers)
     if not await _wait_for(service, request, http_request):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     if request.error is not None:
@@ -114,7 +125,7 @@ async def generate(
 
     # Many log-probabilities take long to format, which would hold up other connections.
     body_json = to_json() if num_logprobs == 0 else await service.run_in_thread("format", to_json)
-    return Response(body_json, media_type="application/json")
+    return Response(body_json, media_type="application/json", headers=headers)
 
 
 def _next_deltas(readers: list[OutputReader]) -> dict[int, OutputDelta]:
@@ -157,6 +168,7 @@ async def _server_sent_events(
 
     def event(outputs: dict[int, OutputDelta]) -> str:
         chunk = endpoint.chunk(fields, outputs, spell)
+        fields.routing = None  # in the first chunk alone
         return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
 
     if include_usage:
@@ -182,13 +194,16 @@ async def _server_sent_events(
 class _EventStream(StreamingResponse):
     """Server-sent events for one client; its request is cancelled when the client disconnects."""
 
-    def __init__(self, events: AsyncIterator[str], service: ModelService, request: Request) -> None:
+    def __init__(
+        self, events: AsyncIterator[str], service: ModelService, request: Request, headers: dict[str, str]
+    ) -> None:
         super().__init__(
             events,
             media_type="text/event-stream",
             headers={
                 "Cache-Control": "no-cache",
                 "X-Accel-Buffering": "no",  # nginx would buffer them
+                **headers,
             },
         )
         self.cancel = partial(service.scheduler.cancel, request)

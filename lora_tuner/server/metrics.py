@@ -41,6 +41,7 @@ class RequestRecord:
     status: int = 0
     code: str | None = None  # of the error
     model: str | None = None  # once it was found
+    auto: bool = False  # the server has chosen it
     stream: bool = False
     user: str | None = None
     request: Request | None = None  # once it was queued
@@ -104,6 +105,12 @@ class Metrics:
             registry=registry,
             buckets=BUCKETS,
         )
+        self.chosen = Counter(
+            "lora_tuner_auto_chosen",
+            "Models that were chosen for requests of model auto.",
+            ("model",),
+            registry=registry,
+        )
         Gauge("lora_tuner_answers_waiting", "Sequences in the queue.", registry=registry).set_function(
             lambda: service.scheduler.waiting
         )
@@ -138,6 +145,7 @@ class Metrics:
             "status": record.status,
             "code": record.code,
             "model": record.model,
+            "auto": record.auto,
             "stream": record.stream,
             "user": record.user,
             "seconds": round(seconds, 3),

@@ -255,7 +255,8 @@ class ChatRequest(_GenerationRequest):
 
 
 class AdapterInfo(BaseModel):
-    """Facts from an adapter's manifest, without its path."""
+    """Facts from an adapter's manifest, without its path. `never_chosen` is the reason why model "auto" does not choose
+    the adapter; null if it may."""
 
     rank: int
     alpha: float
@@ -268,6 +269,7 @@ class AdapterInfo(BaseModel):
     made_by: str | None = None
     parents: list[str] = []
     result: EvalResult | None = None
+    never_chosen: str | None = None
 
 
 class ModelCard(BaseModel):

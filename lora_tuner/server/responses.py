@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from ..inference.detokenizer import token_text as token_text
+from ..inference.routing import Choice
 from ..inference.sequence import FinishReason, Sequence, TokenLogprobs
 
 MIN_LOGPROB = -9999.0  # OpenAI's value for a probability of zero
@@ -46,13 +47,15 @@ class CompletionChoice(BaseModel):
 
 
 class ResponseFields(BaseModel):
-    """Fields that a response and all chunks of a stream share."""
+    """Fields that a response and all chunks of a stream share. `routing` is for model "auto"; of a stream it is in
+    the first chunk."""
 
     id: str
     created: int
     model: str
     system_fingerprint: str
     usage: Usage | None = None
+    routing: Choice | None = Field(None, exclude_if=lambda value: value is None)
 
 
 class Completion(ResponseFields):

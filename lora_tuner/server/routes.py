@@ -25,9 +25,12 @@ from starlette.types import Receive, Scope, Send
 
 from .. import __version__
 from ..adapters.adapter import Adapter
+from ..adapters.manifest import why_never_chosen
+from ..config import AUTO_MODEL
 from ..data.readers import unique_keys
 from ..errors import LoraTunerError
 from ..text import display_name
+from .auto import AutoModel
 from .error_responses import ErrorResponse, error_response, http_error, validation_error
 from .generate import TOKEN_TEXT_CACHE, generate, lora_tuner_error
 from .metrics import Metrics, RequestLog
@@ -61,7 +64,8 @@ def create_app(service: ModelService) -> FastAPI:
             LoraTunerError: partial(lora_tuner_error, service),
         },
     )
-    app.state.metrics = metrics
+    auto = AutoModel(service, metrics)
+    app.state.metrics, app.state.auto = metrics, auto
     spell = lru_cache(TOKEN_TEXT_CACHE)(partial(token_text, service.base.tokenizer))
     routes = APIRouter(
         dependencies=[Security(HTTPBearer(auto_error=False))] if service.config.api_key else [],
@@ -86,7 +90,8 @@ def create_app(service: ModelService) -> FastAPI:
 
     @lru_cache(1)
     def format_list(models: tuple[ServedModel, ...]) -> str:
-        return ModelList(data=[_model_card(service, model) for model in models]).model_dump_json()
+        cards = [_model_card(service, model) for model in models]
+        return ModelList(data=[*cards, *_auto_card(service, cards)]).model_dump_json()
 
     @routes.get("/v1/models", response_model=ModelList)
     async def models() -> Response:
@@ -97,6 +102,10 @@ def create_app(service: ModelService) -> FastAPI:
     @routes.get("/v1/models/{id:path}")
     async def model(id: str) -> ModelCard:
         """Describe one model."""
+        if auto.is_asked(id):
+            listed = await service.run_in_thread("list", service.list_models)
+            if card := _auto_card(service, [_model_card(service, model) for model in listed]):
+                return card[0]
         return _model_card(service, await service.run_in_thread("list", partial(service.get_model, id)))
 
     @event_stream("/v1/completions", response_model=Completion)
@@ -158,6 +167,14 @@ def _model_card(service: ModelService, model: ServedModel) -> ModelCard:
     )
 
 
+def _auto_card(service: ModelService, cards: Sequence[ModelCard]) -> list[ModelCard]:
+    """Describe "auto", if there is an adapter that it may choose, and no model of that name."""
+    is_choosable = any(card.lora_tuner and card.lora_tuner.never_chosen is None for card in cards)
+    if not is_choosable or any(card.id == AUTO_MODEL for card in cards):
+        return []
+    return [ModelCard(id=AUTO_MODEL, created=service.created, parent=service.name, broken=None, lora_tuner=None)]
+
+
 def _adapter_info(service: ModelService, adapter: Adapter) -> AdapterInfo:
     info = AdapterInfo(
         rank=adapter.rank,
@@ -165,6 +182,7 @@ def _adapter_info(service: ModelService, adapter: Adapter) -> AdapterInfo:
         targets=adapter.targets,
         parameters=adapter.parameters,
         bytes=adapter.bytes,
+        never_chosen=why_never_chosen(adapter.manifest),
     )
     manifest = adapter.manifest
     if manifest is not None:

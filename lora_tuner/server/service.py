@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..adapters.adapter import Adapter
 from ..adapters.library import read_consistently
-from ..config import SamplingParams, ServerConfig
+from ..config import AUTO_MODEL, RESERVED_NAME, SamplingParams, ServerConfig
 from ..data.chat import Message
 from ..data.chat_template import special_tokens
 from ..errors import (
@@ -61,6 +61,7 @@ Work = Literal[
     "load",
     "encode",
     "encode-long",
+    "choose",
     "format",
     "metrics",
     "blend",
@@ -186,6 +187,8 @@ class ModelService:
     def _check_model(self, name: str, path: Path) -> ServedModel:
         if name == self.name:
             return ServedModel(name, path, broken="The base model has the same name: rename this adapter.")
+        if name == AUTO_MODEL:
+            return ServedModel(name, path, broken=f"auto: {RESERVED_NAME}")
         try:
             adapter = read_consistently(path, lambda adapter: adapter)
             lora.check_base(adapter, self.base, replace(self.generator.options, notify=ignore_events))

@@ -106,12 +106,14 @@ class ChatTab(PageTab):
         return model
 
     def model_names(self) -> list[str]:
-        """Return the adapters with a chat template, then the base if it has one."""
+        """Return the adapters with a chat template, the base if it has one, then auto if it has a choice."""
         names = self.usable_names()
         if self.service.base.tokenizer.chat_template:
-            return [*names, self.service.name]
-        folders = {model.id: model.adapter.path for model in self.adapters() if model.adapter is not None}
-        return [name for name in names if has_chat_template(folders[name])]
+            names.append(self.service.name)
+        else:
+            folders = {model.id: model.adapter.path for model in self.adapters() if model.adapter is not None}
+            names = [name for name in names if has_chat_template(folders[name])]
+        return [*names, *(self.requests.auto_choice() if names else [])]
 
     def _missing(self) -> Markup:
         return html.note(
@@ -162,6 +164,9 @@ class ChatTab(PageTab):
         draft = {} if again else {"value": ""}
         yield [field | draft, self._history(conversation), self._current(conversation), "", *fields]
         try:
+            if self.requests.auto.is_asked(name):
+                name, answer.chosen = await self.requests.choose(answer.messages)
+                answer.model = name
             top = TOP_LOGPROBS if probabilities else None
             submit = partial(self.requests.submit, name, answer.messages, sampling, top)
             asked = answer.messages[-1]["content"]
@@ -171,6 +176,8 @@ class ChatTab(PageTab):
                     yield [gr.skip(), gr.skip(), self._current(conversation), *[gr.skip()] * len(INFOS)]
             await self._end(conversation)
             yield [gr.skip(), gr.skip(), self._current(conversation), *[gr.skip()] * len(INFOS)]
+        except LoraTunerError as error:
+            answer.error = self.service.hide_paths(str(error))
         finally:
             answer.writing = False  # also when it is stopped: `show` follows
 

@@ -20,7 +20,8 @@ Row = dict[str, object]  # of feedback
 @dataclass(eq=False)
 class Answer:
     """An answer of a model to these messages. `text` is what has been written of it so far; `spans`
-    is that text with the probabilities of its tokens, which `probabilities` lists."""
+    is that text with the probabilities of its tokens, which `probabilities` lists; `chosen` says why auto has chosen
+    the model."""
 
     model: str
     messages: tuple[Message, ...]
@@ -28,6 +29,7 @@ class Answer:
     spans: Markup | str = ""
     probabilities: Markup | str = ""
     facts: str = ""
+    chosen: str = ""
     error: str = ""
     writing: bool = True
     thumb: bool | None = None  # True: up

@@ -40,7 +40,7 @@ class Page:
 
     def __init__(self, service: ModelService, metrics: Metrics) -> None:
         self.service = service
-        requests = PageRequests(service, metrics)
+        self.requests = requests = PageRequests(service, metrics)
         self.train = TrainTab(service, requests)
         self.write = WriteTab(service, requests)
         self.chat = ChatTab(service, requests)
@@ -94,11 +94,13 @@ class Page:
         library where it is filled.
         """
         names = await self.service.run_in_thread("list", self.write.usable_names)
+        auto = await self.service.run_in_thread("list", self.requests.auto_choice)
         newest = iter([*names[:2], None, None])
         updates: dict[object, dict[str, object]] = {}
         for dropdown in self.dropdowns:
             updates[dropdown] = gr.update(
-                choices=names, value=names[:2] if dropdown.multiselect else next(newest)
+                choices=[*names, *auto] if dropdown is self.dropdowns[0] else names,
+                value=names[:2] if dropdown.multiselect else next(newest),
             )
         assert request.request is not None
         query = request.request.query_params
@@ -106,7 +108,8 @@ class Page:
         if tab in TABS:
             updates[self.tabs] = gr.update(selected=tab)
         restored = {"write": self.write.restore, "blend": self.blend.restore}.get(tab)
-        for control, update in restored(query, names).items() if restored else ():
+        offered = [*names, *auto] if tab == "write" else names
+        for control, update in restored(query, offered).items() if restored else ():
             updates[control] = updates.get(control, {}) | update
         return updates
 
@@ -120,7 +123,7 @@ class Page:
 
     async def open_in_write(self, view: RunsView) -> list[dict[str, object]]:
         """Open the tab Write with the adapter of the chosen run."""
-        names = await self.service.run_in_thread("list", self.write.usable_names)
+        names = await self.service.run_in_thread("list", self.write.choices)
         chosen = [view.chosen] if view.chosen in names else []
         return [gr.update(selected="write"), gr.update(choices=names, value=chosen)]
 
@@ -132,9 +135,10 @@ class Page:
 
     async def update_choices(self, *selections: str | list[str] | None) -> list[dict[str, object]]:
         """Offer the current adapters in each dropdown, and keep the selected ones that still exist."""
-        names = await self.service.run_in_thread("list", self.write.usable_names)
+        offered = [await self.service.run_in_thread("list", self.write.choices)]  # in the tab Write
+        offered += [[name for name in offered[0] if not self.requests.auto.is_asked(name)]] * len(selections)
         updates = []
-        for selected in selections:
+        for names, selected in zip(offered, selections, strict=False):
             kept: str | list[str] | None = selected if selected in names else None
             if isinstance(selected, list):
                 kept = [name for name in selected if name in names]

@@ -4,12 +4,14 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from ...config import SamplingParams
+from ...config import AUTO_MODEL, SamplingParams
 from ...data.row_template import Template, fill_question, fill_questions, question_form
 from ...errors import LoraTunerError
 from ...inference.multi_lora import LoadedAdapter
 from ...text import format_names
+from ..auto import AutoModel
 from ..metrics import Metrics, RequestRecord
 from ..scheduler import Request
 from ..service import ModelService, PreparedRequest, Prompt
@@ -85,6 +87,26 @@ class PageRequests:
         note = f" Asked through the chat template: {asked}." if chats else ""
         note += f" Filled into the template that was learned: {format_names(filled)}." if filled else ""
         return questions, note + unfilled
+
+    @cached_property
+    def auto(self) -> AutoModel:
+        return AutoModel(self.service, self.metrics)
+
+    def auto_choice(self) -> list[str]:
+        """Return auto as a choice beside adapters, if there is one that it may choose."""
+        return [AUTO_MODEL] if self.auto.is_asked(AUTO_MODEL) and self.auto.names() else []
+
+    async def choose(self, prompt: Prompt, *, bare: bool = True) -> tuple[str, str]:
+        """Choose the model that fits a prompt, and return its name and a sentence on that.
+
+        A text is read as each adapter has learned texts, unless `bare`. Raises what `AutoModel.choose` raises.
+        """
+
+        def ask(lora: LoadedAdapter) -> Prompt:
+            return as_conversation(prompt) if isinstance(prompt, str) and self.is_chat(lora) else prompt
+
+        choice = await self.auto.choose(prompt, None if bare else ask)
+        return self.auto.model_of(choice), choice.describe()
 
     async def submit(
         self, model: str, prompt: Prompt, sampling: SamplingParams, top_logprobs: int | None = None

@@ -55,7 +55,8 @@ class WriteTab(PageTab):
                         scale=3,
                         min_width=320,
                     )
-                    names = self.adapters_dropdown("Compared with the base.", scale=2)
+                    info = "Compared with the base. auto: the one that fits the prompt."
+                    names = self.adapters_dropdown(info, scale=2)
                 with gr.Row():
                     start, stop = buttons("Generate")
                     again = gr.Button(
@@ -115,6 +116,7 @@ class WriteTab(PageTab):
                 raise ConfigError("The prompt is empty.", {"prompt": "enter a prompt"})
             sampling = self.sampling_params(settings)
             await self.service.encode_all([prompt])  # an error of it is shown once
+            names, why = await self._choose(prompt, names, bare)
         except LoraTunerError as error:
             problems = getattr(error, "problems", None) or {"prompt": self.service.hide_paths(str(error))}
             yield [gr.skip(), *show_problems(INFOS, problems)]
@@ -124,6 +126,7 @@ class WriteTab(PageTab):
             if sampling.seed is None
             else f"Seed {sampling.seed}: set it to get the same output again."
         )
+        note += why
         show = partial(html.outputs, tab="write", seed=sampling.seed)
         questions = {name: Question(prompt) for name in (self.service.name, *names)}
         columns = [Output(name, question, None) for name, question in questions.items()]
@@ -149,6 +152,18 @@ class WriteTab(PageTab):
                 for column, output in zip(columns, outputs, strict=True)
             ]
             yield [show(columns, note), *unchanged]
+
+    def choices(self) -> list[str]:
+        """Return what the adapters are chosen from: their names, the newest first, and auto."""
+        return [*self.usable_names(), *self.requests.auto_choice()]
+
+    async def _choose(self, prompt: str, names: Sequence[str], bare: bool) -> tuple[list[str], str]:
+        """Put the model that fits the prompt in the place of auto; the second value says which, and why."""
+        if not any(map(self.requests.auto.is_asked, names)):
+            return [*names], ""
+        chosen, why = await self.requests.choose(prompt, bare=bare)
+        models = dict.fromkeys(chosen if self.requests.auto.is_asked(name) else name for name in names)
+        return [name for name in models if name != self.service.name], f" {why}"
 
     def restore(self, query: QueryParams, names: Sequence[str]) -> dict[object, dict[str, object]]:
         """Return updates with the values in the page's address; a line says which are not used.

@@ -106,6 +106,17 @@ def test_conversation_equals_api_across_adapters(served, visitor):
         messages.append({"role": "assistant", "content": expected})
 
 
+def test_auto_keeps_model_of_conversation(visitor):
+    assert visitor.tab.model_names()[-1] == "auto"
+    first, _ = visitor.ask("so?", "auto")
+    model = visitor.answers[0][1]
+    assert model in ("noir", "verse", "gpt2")
+    assert f"auto: {'the base' if model == 'gpt2' else model}," in first
+    later, _ = visitor.ask("and?", "auto")
+    assert visitor.answers[1][1] == model
+    assert "as before in this conversation" in later
+
+
 def test_regenerate_keeps_earlier_answers(visitor):
     visitor.ask("so?", settings=RANDOM)
     visitor.ask("and?", settings=RANDOM)

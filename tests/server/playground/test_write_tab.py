@@ -268,6 +268,22 @@ def test_stop_or_leave_cancels_generation(visit, served):
         served.wait(lambda: served.app.state.metrics.streams == 0)
 
 
+def test_auto_writes_with_one_model(served):
+    from lora_tuner.server.playground.page import Page  # gradio takes seconds to import
+
+    page = Page(served.service, Metrics(served.service))
+    assert page.write.choices() == [*page.write.usable_names(), "auto"]
+    settings = (2, 0.8, 0.95, 50, 1.0, "", "", True)
+
+    async def last():
+        return [update async for update in page.write.generate(PROMPT, ["auto"], False, False, *settings)][-1]
+
+    shown = str(run_async(last())[0])
+    (chosen,) = re.findall("auto: (noir|verse|the base),", shown)
+    headings = re.findall("<h2>(.*?)</h2>", shown)
+    assert headings == ["gpt2", *([] if chosen == "the base" else [chosen])]
+
+
 def test_token_probabilities_equal_api(served):
     from lora_tuner.server.playground.page import Page  # gradio takes seconds to import
 
