@@ -18,9 +18,9 @@ from .openai_client import TOP_LOGPROBS, NoAnswerError, Server, Tokens, endpoint
 ADAPTER, BASE, OTHER_ADAPTER = "the adapter", "the base", "another adapter"
 WRONG_SCALE, WRONG_TEMPLATE, UNKNOWN = "a wrong scale", "a wrong template", "unknown"
 
-# Answers of the same weights are closer than NOISE in float32, bfloat16 and 8 bits. Farther than
-# LIMIT, or than this share of the distance between base and adapter, they are no match of any kind.
-NOISE, LIMIT, LIMIT_SHARE = 0.03, 0.06, 0.1
+# Answers of the same weights are within NOISE in float32, bfloat16 and 8 bits: 0.038 was the most.
+# Beyond LIMIT, or this share of the distance between base and adapter, they are of other weights.
+NOISE, LIMIT, LIMIT_SHARE = 0.05, 0.1, 0.1
 HIGHEST_OF_BASE, SCALES_OF_ADAPTER = 0.2, (0.75, 1.35)  # between the two it is a wrong scale
 SCALE_STEP, LARGEST_SCALE = 0.05, 2.0
 MIN_REST = 1e-3  # of probability: tokens that are not named
@@ -45,12 +45,14 @@ class Comparison:
         """Verdict by these probes alone; None where base and adapter hardly differ."""
         if self.span < 2 * NOISE:
             return None
-        if self.distance > max(LIMIT, LIMIT_SHARE * self.span):
-            return UNKNOWN
         lowest, highest = SCALES_OF_ADAPTER
-        if self.distances["adapter"] <= NOISE or lowest <= self.scale <= highest:
+        is_near = lowest <= self.scale <= highest and self.distance <= LIMIT
+        if is_near or self.distances["adapter"] <= NOISE:
             return ADAPTER
-        return BASE if self.scale <= HIGHEST_OF_BASE else WRONG_SCALE
+        if self.scale <= HIGHEST_OF_BASE:
+            return BASE if self.distance <= LIMIT else UNKNOWN
+        is_match = self.distance <= max(LIMIT, LIMIT_SHARE * self.span)
+        return WRONG_SCALE if is_match and not lowest <= self.scale <= highest else UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -239,34 +241,35 @@ def _check(server: Server, adapter: Adapter, notify: EventHandler) -> ServerChec
 
 
 def _judge(check: ServerCheck, failures: Sequence[str]) -> ServerCheck:
-    """Return the verdict of both endpoints, given those that have not answered."""
+    """Return the verdict of both endpoints, given those that have not answered.
+
+    Text tells the weights, and messages the template; the weights too where text does not.
+    """
     comparisons = [each for each in (check.text, check.chat) if each]
+    failed = "; ".join(failures)
     if not comparisons:
-        return replace(check, reason=f"It cannot be told: {'; '.join(failures)}.")
+        return replace(check, reason=f"It cannot be told: {failed}.")
     text, chat = (each and each.verdict for each in (check.text, check.chat))
-    if chat == ADAPTER or (text == ADAPTER and chat is None and not failures):
-        return replace(check, verdict=ADAPTER, reason="Its answers are those of the adapter.")
-    if text == ADAPTER and chat is None:
-        failed = "; ".join(failures)
-        return replace(check, reason=f"Text is continued by the adapter, but {failed}.")
-    if text == ADAPTER:
+    decisive = check.chat if text in (None, UNKNOWN) and chat else check.text
+    verdict = decisive and decisive.verdict
+    if text == ADAPTER and chat not in (ADAPTER, None):
         reason = "Text is continued by the adapter, messages are not: its chat template is another."
         return replace(check, verdict=WRONG_TEMPLATE, reason=reason)
-    for each in comparisons:
-        if each.verdict == BASE:
-            reason = (
-                "Its answers are those of the base: it has not loaded the adapter, or ignores the "
-                "name of the model."
-            )
-            return replace(check, verdict=BASE, reason=reason)
-        if each.verdict == WRONG_SCALE:
-            more = " or more" if each.scale >= LARGEST_SCALE else ""
-            reason = (
-                f"It applies the adapter at about {each.scale:g} times its scale{more}: compare "
-                "lora_alpha, r and use_rslora there, and the scale that the server is given."
-            )
-            return replace(check, verdict=WRONG_SCALE, reason=reason, scale=each.scale)
-    if not any(each.verdict for each in comparisons):
+    if text == ADAPTER and failures:
+        return replace(check, reason=f"Text is continued by the adapter, but {failed}.")
+    if verdict == ADAPTER:
+        return replace(check, verdict=ADAPTER, reason="Its answers are those of the adapter.")
+    if verdict == BASE:
+        reason = "Its answers are those of the base: the adapter is not loaded, or the model's name ignored."
+        return replace(check, verdict=BASE, reason=reason)
+    if verdict == WRONG_SCALE and decisive:
+        more = " or more" if decisive.scale >= LARGEST_SCALE else ""
+        reason = (
+            f"It applies the adapter at about {decisive.scale:g} times its scale{more}: compare "
+            "lora_alpha, r and use_rslora there, and the scale that the server is given."
+        )
+        return replace(check, verdict=WRONG_SCALE, reason=reason, scale=decisive.scale)
+    if verdict is None:
         return replace(check, reason="Base and adapter are too alike on the probes to be told apart.")
     reason = (
         "Its answers are neither those of the adapter at any scale nor those of the base: it has "

@@ -1,7 +1,8 @@
 """Short prompts with the likeliest next tokens of base and adapter, for the manifest.
 
 `adapters check --url` sends them to a server, and tells by its log-probabilities which weights it
-uses. Price: about ten forward passes over a few hundred tokens.
+uses. Price: four forward passes over a few hundred tokens, twice for
+conversations.
 """
 
 import contextlib
@@ -102,29 +103,28 @@ def _encode_chats(base: LoadedBase, prompts: Sequence[str]) -> dict[str, TokenId
 def _choose(
     base: LoadedBase, rows: dict[str, TokenIds], at_scale: AtScale, count: int, *, chat: bool
 ) -> list[Probe]:
-    """Probes of the prompts with the largest divergence between base and adapter."""
+    """Probes of the prompts that tell the adapter best from the base and from its other scales."""
     longest = min(MAX_TOKENS, base.max_context - 1)
     rows = {prompt: row for prompt, row in rows.items() if 0 < len(row) <= longest}
     if not rows or not count:
         return []
-    of_base = _next_logprobs(base, [*rows.values()], at_scale(0.0))
-    of_adapter = _next_logprobs(base, [*rows.values()], at_scale(1.0))
-    # Jeffreys divergence: both directions of Kullback and Leibler.
-    divergence = ((of_adapter.exp() - of_base.exp()) * (of_adapter - of_base)).nansum(-1)
-    ends = torch.tensor([*base.eos_token_ids, *chat_template.turn_end_ids(base.tokenizer)])
-    for logprobs in (of_base, of_adapter):  # some servers say nothing about an end of text
-        divergence[torch.isin(logprobs.argmax(-1), ends)] *= 0.01
-    best = divergence.argsort(descending=True, stable=True)[:count].tolist()
-    chosen = {prompt: row for index, (prompt, row) in enumerate(rows.items()) if index in best}
     tables = {}
     for name, scale in SCALES.items():
-        logprobs = _next_logprobs(base, [*chosen.values()], at_scale(scale))
-        tables[name] = [_top_tokens(base, row) for row in logprobs]
-    probes = []
-    for index, prompt in enumerate(chosen):
-        of_prompt = {name: table[index] for name, table in tables.items()}
-        if all(of_prompt.values()):
-            probes.append(Probe(prompt=prompt, chat=chat, **of_prompt))
+        tables[name] = _next_logprobs(base, [*rows.values()], at_scale(scale))
+    of_adapter = tables["adapter"]
+    divergences = []
+    for name in SCALES.keys() - {"adapter"}:  # Jeffreys: both directions of Kullback and Leibler
+        terms = (of_adapter.exp() - tables[name].exp()) * (of_adapter - tables[name])
+        divergences.append(terms.nansum(-1))
+    score = torch.stack(divergences).amin(0)
+    ends = torch.tensor([*base.eos_token_ids, *chat_template.turn_end_ids(base.tokenizer)])
+    for logprobs in tables.values():  # some servers say nothing about an end of text
+        score[torch.isin(logprobs.argmax(-1), ends)] *= 0.01
+    prompts, probes = [*rows], list[Probe]()
+    for index in score.argsort(descending=True, stable=True).tolist():
+        of_prompt = {name: _top_tokens(base, table[index]) for name, table in tables.items()}
+        if all(of_prompt.values()) and len(probes) < count:
+            probes.append(Probe(prompt=prompts[index], chat=chat, **of_prompt))
     return probes
 
 
