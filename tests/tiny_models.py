@@ -35,15 +35,17 @@ def reviews(count: int, seed: int = 0) -> list[str]:
     return list(texts)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer like that of GPT-2, with 320 tokens."""
+def tokenizer(tags: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer like that of GPT-2, with 320 tokens, some of which may be tags."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(
         reviews(200, seed=99),
-        trainers.BpeTrainer(vocab_size=320, special_tokens=[END], initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=320, special_tokens=[END, *tags], initial_alphabet=alphabet, show_progress=False
+        ),
     )
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=END, eos_token=END)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, InvalidRowError
 from . import tool_calls
-from .chat import REASONING_FIELDS, FullMessage, Message, decode_row, is_learned, iter_texts
+from .chat import REASONING_FIELDS, FullMessage, decode_row, is_learned, iter_texts
 from .tool_calls import Tools
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 FIXED_DATE = "26 Jul 2024"  # Llama 3's default: today's date would change rows every day
 _NO_SPANS = "messages that the chat template renders differently as the conversation grows"
-_THINKING_TAG = re.compile(r"([<\[]/?[^<>\[\]\s/]*(?:think|thought|reason)[^<>\[\]\s/]*[>\]])", re.IGNORECASE)
+THINKING_TAG = re.compile(r"([<\[]/?[^<>\[\]\s/]*(?:think|thought|reason)[^<>\[\]\s/]*[>\]])", re.IGNORECASE)
 # The end of a generation prompt such as "<think>\n", or an empty "<think>\n\n</think>\n\n".
-_THINKING_START = re.compile(rf"{_THINKING_TAG.pattern}(\s*)(?:{_THINKING_TAG.pattern}\s*)?$", re.IGNORECASE)
+THINKING_START = re.compile(rf"{THINKING_TAG.pattern}(\s*)(?:{THINKING_TAG.pattern}\s*)?$", re.IGNORECASE)
 
 _ROLE = "(?:system|user|assistant|tool|model|developer|human|ipython|function|observation|environment)"
 # <|user|>, <｜User｜>, <|USER_TOKEN|>; [INST]; <|im_start|>user, <start_of_turn>user.
@@ -130,7 +130,7 @@ def _find_answers(
         if number == 0 or not is_learned(message):  # templates need a question first
             continue
         before = render(messages[:number], add_generation_prompt=True)
-        if not rendered.startswith(before) and (opening := _THINKING_START.search(before)):
+        if not rendered.startswith(before) and (opening := THINKING_START.search(before)):
             before = before[: opening.start()]  # the template takes thinking out of earlier answers
         if not rendered.startswith(before):
             raise InvalidRowError(_NO_SPANS)
@@ -181,7 +181,7 @@ def _open_thinking(before: str, answer: FullMessage) -> tuple[FullMessage, str]:
         The answer, and the thinking with its tags, to be written before it: empty if there is none
         in the answer, "" if generation begins elsewhere.
     """
-    opening = _THINKING_START.search(before)
+    opening = THINKING_START.search(before)
     if opening is None:
         return answer, ""
     tag, space, closing = opening.groups()
@@ -227,7 +227,7 @@ def _refuse_dropped(tokenizer: "PreTrainedTokenizerBase", messages: list[FullMes
     marked_messages, marked_tools = json.loads(json.dumps([messages, tools]))
     for message in marked_messages:
         role = message["role"]
-        pieces = _THINKING_TAG.split(message["content"])
+        pieces = THINKING_TAG.split(message["content"])
         pieces[::2] = [mark_texts(piece, f"{role} text") for piece in pieces[::2]]
         message["content"] = "".join(pieces)
         for function in tool_calls.functions(message.get("tool_calls")):
@@ -321,19 +321,29 @@ class TemplateError(Exception):
     """The chat template rejects the messages."""
 
 
-def render_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> str:
+def render_prompt(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[FullMessage], tools: Tools = None
+) -> str:
     """Render a conversation through the chat template, up to the assistant's next answer.
 
     Raises:
-        DataError: There is no template, it rejects the messages, or a message spells a special
-            token.
+        DataError: There is no template, it rejects the messages, it does not write tools or their
+            calls and results, or a message spells a special token.
     """
     _require_template(tokenizer)
-    texts = [message.get(key, "") for message in messages for key in ("content", "name")]
-    if token := _find_special_token(tokenizer, texts):
-        raise DataError(f"A message contains {token}, a special token of this base: remove it.")
+    has_tools = tools or any(message["role"] == "tool" or "tool_calls" in message for message in messages)
     try:
-        return apply_template(tokenizer, messages, add_generation_prompt=True)
+        texts = list(iter_texts(list(messages)))
+        if has_tools:
+            messages = tool_calls.choose_arguments(partial(_render, tokenizer, tools=tools), list(messages))
+            texts.append(json.dumps([messages, tools], ensure_ascii=False))  # with the names of arguments
+        if token := _find_special_token(tokenizer, texts):
+            raise DataError(f"A message contains {token}, a special token of this base: remove it.")
+        if has_tools:
+            _refuse_dropped(tokenizer, list(messages), tools)
+        return apply_template(tokenizer, messages, add_generation_prompt=True, tools=tools)
+    except InvalidRowError as error:
+        raise DataError(f"The conversation has {error}.") from error
     except TemplateError as error:
         raise DataError(f"The chat template rejects these messages: {error}") from error
 

@@ -18,9 +18,15 @@ class IncrementalDetokenizer:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], stop: Iterable[str] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_ids: list[int],
+        stop: Iterable[str] = (),
+        *,
+        skip_special_tokens: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
+        self.skip_special_tokens = skip_special_tokens
         self.stop = list(stop)
         self.text = self.stable_text = ""
         self.stopped = False
@@ -35,7 +41,7 @@ class IncrementalDetokenizer:
         return str(
             self.tokenizer.decode(
                 [token for group in groups for token in group],
-                skip_special_tokens=True,
+                skip_special_tokens=self.skip_special_tokens,
                 clean_up_tokenization_spaces=False,
             )
         )

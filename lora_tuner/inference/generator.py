@@ -22,6 +22,7 @@ from ..adapters.library import Library, read_consistently
 from ..config import ModelOptions, SamplingParams
 from ..data import chat, chat_template, tokenization
 from ..data.row_template import Template
+from ..data.tool_calls import Tools
 from ..errors import ContextLengthError, GenerationError
 from ..models import loading, lora
 from ..models.tokenizer import load_adapter_tokenizer
@@ -219,7 +220,11 @@ class Generator:
         return self._resident[name].loaded.vocab_size if name is not None and name in self._resident else 0
 
     def encode_prompt(
-        self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None = None, vocab_size: int | None = None
+        self,
+        prompt: Prompt,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        vocab_size: int | None = None,
+        tools: Tools = None,
     ) -> EncodedPrompt:
         """Tokenize a prompt; a conversation up to the start of the next assistant message.
 
@@ -229,6 +234,7 @@ class Generator:
                 threads.
             vocab_size: of the adapter, where it has other token ids than the base; by default that
                 of the current adapter.
+            tools: for the chat template.
 
         Raises:
             ContextLengthError: the prompt leaves no room in the context.
@@ -246,7 +252,7 @@ class Generator:
             return EncodedPrompt(prompt, self.check_fits_context(encoded.tolist() or [start], vocab_size))
         self.check_prompt_length("".join(message["content"] for message in prompt))
         token_ids = tokenizer(
-            chat_template.render_prompt(tokenizer, prompt),
+            chat_template.render_prompt(tokenizer, prompt, tools),
             add_special_tokens=False,
             verbose=False,
         )["input_ids"]

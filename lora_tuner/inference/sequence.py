@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 
 from ..config import SamplingParams
-from ..data.chat_template import turn_end_ids
 from ..errors import GenerationError
 from ..models.loading import LoadedBase
+from .constraints import Constraint, end_token_ids
 from .detokenizer import IncrementalDetokenizer
 from .multi_lora import LoadedAdapter
 from .sampling import make_logits_processors
@@ -35,7 +35,11 @@ class TokenLogprobs:
 
 @dataclass(eq=False)
 class Sequence:
-    """One generation request. `adapter` is the name of `lora`; both are None for the plain base."""
+    """One generation request. `adapter` is the name of `lora`; both are None for the plain base.
+
+    With a `constraint` the text follows a grammar, and has the special tokens that this asks for;
+    log-probabilities stay those of the model.
+    """
 
     base: LoadedBase
     prompt_ids: list[int]
@@ -45,6 +49,7 @@ class Sequence:
     lora: LoadedAdapter | None = None
     on_text: Callable[[str], None] | None = None
     top_logprobs: int | None = None  # alternatives recorded per token; None: no log-probabilities
+    constraint: Constraint | None = None
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     hit_eos: bool = False
@@ -54,10 +59,12 @@ class Sequence:
     def __post_init__(self) -> None:
         self.max_new_tokens = min(self.sampling.max_new_tokens, self.base.max_context - len(self.prompt_ids))
         tokenizer = (self.lora and self.lora.tokenizer) or self.base.tokenizer
-        self.detokenizer = IncrementalDetokenizer(tokenizer, self.prompt_ids, self.sampling.stop)
+        self.detokenizer = IncrementalDetokenizer(
+            tokenizer, self.prompt_ids, self.sampling.stop, skip_special_tokens=self.constraint is None
+        )
         # Number of its logits: beside a row whose adapter has more tokens it gets more.
         self.vocab_size = (self.lora and self.lora.vocab_size) or self.base.head_size
-        self._eos_token_ids = self.base.eos_token_ids | {tokenizer.eos_token_id} | turn_end_ids(tokenizer)
+        self._eos_token_ids = end_token_ids(self.base, tokenizer)
         # (1, capacity).
         self.token_ids: Any = torch.tensor([self.prompt_ids], device=self.base.device)
         self.logits_processors = make_logits_processors(self.sampling, self.seed)
@@ -84,9 +91,14 @@ class Sequence:
 
     def append_token(self, logits: torch.Tensor) -> int:
         """Choose the next token from its logits (vocabulary,) and append it. With `done` set, no
-        token follows."""
-        token = int(self.logits_processors(self.token_ids[:, : self.length], logits[None]).argmax())
-        if not logits[token].isfinite():  # argmax of NaN would be the first token
+        token follows. Returns -1 where an error ends the sequence before."""
+        try:
+            scores = logits if self.constraint is None else self.constraint.mask(logits)
+        except GenerationError as error:
+            self.fail(error)
+            return -1
+        token = int(self.logits_processors(self.token_ids[:, : self.length], scores[None]).argmax())
+        if not scores[token].isfinite():  # argmax of NaN would be the first token
             self.fail(
                 GenerationError(
                     f"{self.adapter or 'The base'} produces logits that are not finite: "
@@ -104,6 +116,8 @@ class Sequence:
             if self.top_logprobs is not None:  # before its text, for concurrent readers
                 self.logprobs.append(self._token_logprobs(token, logits))
             self.detokenizer.append(token)
+            if self.constraint is not None and self.constraint.advance(token):
+                self.hit_eos = True  # nothing else may follow
         if self.done:
             self.detokenizer.finish()
             self._release()
@@ -118,8 +132,10 @@ class Sequence:
         self._release()
 
     def _release(self) -> None:
-        """Free adapter and random generator: a sequence may be kept until its last reader is done."""
+        """Free adapter, random generator and grammar: a sequence may be kept until its last reader is
+        done."""
         self.lora, self.logits_processors = None, make_logits_processors(self.sampling, None)
+        self.constraint = None
         self.complete = True
 
     @property

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from ..text import escape_control
 from . import neutral
-from .protocol import ALTERNATIVES
+from .fields import ALTERNATIVES
 
 API_ENDPOINTS = ("/v1/models", "/v1/completions", "/v1/chat/completions")
 

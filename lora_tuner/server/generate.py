@@ -6,7 +6,7 @@ is already out.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from functools import lru_cache, partial
 from urllib.parse import quote
@@ -27,12 +27,14 @@ from ..errors import (
     UnknownModelError,
 )
 from ..text import format_count
+from .constrained import requested_grammar
 from .error_responses import error_response
 from .metrics import CLIENT_CLOSED_REQUEST, RequestRecord
 from .protocol import ChatRequest, CompletionRequest, StreamOptions
 from .responses import EndpointFormat, OutputDelta, OutputReader, ResponseFields, TokenSpeller, Usage, token_text
 from .scheduler import Request
 from .service import ModelService
+from .tools import CallReader, requested_tools
 
 TOKEN_TEXT_CACHE = 16_384  # tokens whose text is cached; a few MB
 MAX_LOGPROBS = 100_000  # of a request: one takes about 1 KB while the response is formatted
@@ -71,7 +73,8 @@ async def generate(
             raise RequestError("prompt: auto chooses for one prompt, so send a request for each.", "prompt")
         choice = await auto.choose(body.prompts[0])
         model, record.auto = auto.model_of(choice), True
-    prepared = await service.prepare_request(model, body.prompts, body.n)
+    tools = requested_tools(body) if isinstance(body, ChatRequest) else None
+    prepared = await service.prepare_request(model, body.prompts, body.n, requested_grammar(body), tools)
     record.model = model  # only now, so that no client fills the metrics with labels
     if prepared.lora is not None and prepared.lora.tokenizer is not None:
         spell = lru_cache(TOKEN_TEXT_CACHE)(partial(token_text, prepared.lora.tokenizer))
@@ -93,6 +96,10 @@ async def generate(
         n=body.n,
         top_logprobs=body.num_top_logprobs,
     )
+    readers = [OutputReader(sequence) for sequence in request.sequences]
+    if tools is not None and prepared.call_format is not None:
+        call_format = prepared.call_format
+        readers = [CallReader(sequence, tools=tools, call_format=call_format) for sequence in request.sequences]
     fields = ResponseFields(
         id=f"{endpoint.id_prefix}{record.id}",
         created=int(time.time()),
@@ -108,6 +115,7 @@ async def generate(
             endpoint,
             spell,
             request,
+            readers,
             fields,
             http_request,
             (body.stream_options or StreamOptions()).include_usage,
@@ -120,7 +128,7 @@ async def generate(
 
     def to_json() -> str:
         fields.usage = _usage(record)
-        outputs = _next_deltas([OutputReader(sequence) for sequence in request.sequences])
+        outputs = _next_deltas(readers)
         return endpoint.response(fields, outputs, spell).model_dump_json()
 
     # Many log-probabilities take long to format, which would hold up other connections.
@@ -128,7 +136,7 @@ async def generate(
     return Response(body_json, media_type="application/json", headers=headers)
 
 
-def _next_deltas(readers: list[OutputReader]) -> dict[int, OutputDelta]:
+def _next_deltas(readers: Sequence[OutputReader]) -> dict[int, OutputDelta]:
     deltas = {index: reader.next_delta() for index, reader in enumerate(readers)}
     return {index: delta for index, delta in deltas.items() if delta is not None}
 
@@ -160,6 +168,7 @@ async def _server_sent_events(
     endpoint: EndpointFormat,
     spell: TokenSpeller,
     request: Request,
+    readers: Sequence[OutputReader],
     fields: ResponseFields,
     http_request: HTTPRequest,
     include_usage: bool,
@@ -173,7 +182,6 @@ async def _server_sent_events(
 
     if include_usage:
         fields.usage = None  # in every chunk but the last
-    readers = [OutputReader(sequence) for sequence in request.sequences]
     try:
         async with aclosing(service.watch(request)) as updates:
             async for _ in updates:

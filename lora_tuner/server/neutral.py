@@ -21,7 +21,6 @@ REQUEST: Neutral = {
     "logprobs": (False,),
     "metadata": None,
     "modalities": (["text"],),
-    "parallel_tool_calls": None,
     "prediction": (),
     "presence_penalty": (0,),
     "prompt_cache_key": None,
@@ -31,7 +30,6 @@ REQUEST: Neutral = {
     "service_tier": ("auto", "default"),
     "store": None,
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
     "verbosity": ("medium",),
@@ -44,11 +42,7 @@ REQUEST: Neutral = {
     "continue_final_message": (False,),
     "documents": ([],),
     "early_stopping": (False,),
-    "guided_choice": (),
     "guided_decoding_backend": None,
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "ignore_eos": (False,),
     "include_reasoning": None,
     "include_stop_str_in_output": (False,),
@@ -65,7 +59,6 @@ REQUEST: Neutral = {
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": None,
     "stop_token_ids": ([],),
-    "structured_outputs": (),
     "top_k": (-1,),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
@@ -106,7 +99,12 @@ REQUEST: Neutral = {
     "safe_prompt": (False,),
     "transforms": ([],),
 }
-COMPLETION: Neutral = {**REQUEST, "add_special_tokens": (True,)}
+COMPLETION: Neutral = {
+    **REQUEST,
+    "add_special_tokens": (True,),
+    "parallel_tool_calls": None,
+    "tool_choice": ("none", "auto"),
+}
 CHAT: Neutral = {
     **REQUEST,
     "add_generation_prompt": (True,),
@@ -131,6 +129,7 @@ MESSAGE: Neutral = {  # as clients send back what some server answered
     "thinking_blocks": ([],),
     "tool_calls": ([],),
 }
+TOOL_CALL: Neutral = {"index": None, "provider_specific_fields": None}
 CONTENT_PART: Neutral = {
     "annotations": ([],),
     "cache_control": None,
@@ -138,8 +137,14 @@ CONTENT_PART: Neutral = {
     "image_url": (),
     "input_audio": (),
 }
-RESPONSE_FORMAT: Neutral = {"json_schema": ()}
-NESTED: Neutral = {**STREAM_OPTIONS, **RESPONSE_FORMAT, **CONTENT_PART, **MESSAGE}
+STRUCTURED_OUTPUTS: Neutral = {
+    "disable_additional_properties": (False,),
+    "disable_any_whitespace": None,  # JSON never has more than a space here
+    "disable_fallback": None,
+    "structural_tag": (),
+    "whitespace_pattern": (),
+}
+NESTED: Neutral = {**STREAM_OPTIONS, **STRUCTURED_OUTPUTS, **CONTENT_PART, **TOOL_CALL, **MESSAGE}
 
 
 def is_neutral(fields: Neutral, name: str, value: object) -> bool:

@@ -4,50 +4,39 @@ As there, null stands for an omitted field. Values that would change the output 
 server does not support are rejected by name; `neutral` has those that change nothing.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    GetJsonSchemaHandler,
-    Tag,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from ..adapters.manifest import EvalResult
 from ..config import (
-    INVALID_TEXT,
     MAX_COUNT,
     MAX_SETTING_CHARS,
     MIN_REPETITION_PENALTY,
     MIN_TEMPERATURE,
     SamplingParams,
 )
-from ..data.chat import Message
+from ..data.chat import FullMessage
 from . import neutral
-
-
-def _valid_text(value: str) -> str:
-    if INVALID_TEXT.search(value):
-        raise PydanticCustomError("invalid_text", "text cannot contain null bytes or lone surrogates")
-    return value
-
+from .fields import (
+    OBJECT,
+    TEXT,
+    TEXTS,
+    TOKEN_LISTS,
+    TOKENS,
+    Name,
+    RequestModel,
+    Text,
+    text_or_list,
+    text_or_object,
+)
+from .forms import Choice, NamedTool, RequestToolCall, ResponseFormat, SchemaOrText, StructuredOutputs, Tool
 
 MAX_STOPS = 64  # OpenAI's limit is 4, but tools for local models send more
-Text = Annotated[str, AfterValidator(_valid_text)]
-Name = Annotated[Text, Field(max_length=256)]
 Stop = Annotated[Text, Field(max_length=MAX_SETTING_CHARS)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Tokens = Annotated[list[Annotated[int, Field(ge=0, le=MAX_COUNT)]], Field(min_length=1, fail_fast=True)]
-# Alternatives of a field. Named by its tag, only the one that was meant reports its problems.
-TEXT, TEXTS, TOKENS, TOKEN_LISTS = ALTERNATIVES = "(text)", "(texts)", "(tokens)", "(token lists)"
 
 
 def _alternative(value: object) -> str:
@@ -59,50 +48,16 @@ def _alternative(value: object) -> str:
     return TOKENS if isinstance(first, int) else TEXTS
 
 
-def _text_or_list(value: object) -> str:
-    return TEXTS if isinstance(value, list) else TEXT
-
-
-class _RequestModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-    neutral_values: ClassVar[neutral.Neutral] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_neutral(cls, data: object) -> object:
-        if isinstance(data, dict):
-            data = {
-                name: value
-                for name, value in data.items()
-                if not neutral.is_neutral(cls.neutral_values, name, value)
-            }
-        return data
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Declare that optional fields, and unknown ones, may be null, and the neutral values."""
-        json_schema = handler.resolve_ref_schema(handler(schema))
-        properties = json_schema["properties"]
-        for name in properties.keys() - json_schema.get("required", ()):
-            properties[name] = {"anyOf": [properties[name], {"type": "null"}]}
-        json_schema["properties"] = neutral.json_schema(cls.neutral_values, properties)
-        json_schema["additionalProperties"] = {"type": "null"}
-        return json_schema
-
-
-class StreamOptions(_RequestModel):
+class StreamOptions(RequestModel):
     neutral_values = neutral.STREAM_OPTIONS
 
     include_usage: bool = False
 
 
-class ResponseFormat(_RequestModel):
-    neutral_values = neutral.RESPONSE_FORMAT
-
-    type: Literal["text"]
+_PLAIN_TEXT = ResponseFormat(type="text")
 
 
-class _GenerationRequest(_RequestModel):
+class _GenerationRequest(RequestModel):
     """Fields that both endpoints share. `top_k` and `repetition_penalty` have the names of vLLM."""
 
     model: Name
@@ -115,7 +70,7 @@ class _GenerationRequest(_RequestModel):
     stop: (
         Annotated[
             Annotated[Stop, Tag(TEXT)] | Annotated[list[Stop], Field(max_length=MAX_STOPS), Tag(TEXTS)],
-            Discriminator(_text_or_list),
+            Discriminator(text_or_list),
         ]
         | None
     ) = None
@@ -123,6 +78,22 @@ class _GenerationRequest(_RequestModel):
     stream_options: StreamOptions | None = None
     user: Name | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: SchemaOrText | None = None
+    guided_regex: Text | None = None
+    guided_choice: Choice | None = None
+    guided_grammar: Text | None = None
+
+    @field_validator("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+    @classmethod
+    def _is_only_form(cls, value: object, info: ValidationInfo) -> object:
+        for name in ("response_format", *(name for name in info.data if name.startswith(("struct", "guided")))):
+            other = info.data.get(name)
+            if value is not None and other not in (None, _PLAIN_TEXT):
+                raise PydanticCustomError(
+                    "contradiction", "{name} is given too: give one of them", {"name": name}
+                )
+        return value
 
     @field_validator("stream_options", "top_logprobs", check_fields=False)
     @classmethod
@@ -184,25 +155,35 @@ class CompletionRequest(_GenerationRequest):
         return self.logprobs
 
 
-class ContentPart(_RequestModel):
+class ContentPart(RequestModel):
     neutral_values = neutral.CONTENT_PART
 
     type: Literal["text"]
     text: Text
 
 
-class RequestMessage(_RequestModel):
+class RequestMessage(RequestModel):
     neutral_values = neutral.MESSAGE
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: (
         Annotated[
             Annotated[Text, Tag(TEXT)] | Annotated[list[ContentPart], Field(fail_fast=True), Tag(TEXTS)],
-            Discriminator(_text_or_list),
+            Discriminator(text_or_list),
         ]
         | None
     ) = Field(None, validate_default=True, description="Null and [] from the assistant alone.")
     name: Name | None = Field(None, description="For the chat template, which may show it.")
+    tool_calls: list[RequestToolCall] | None = Field(None, description="Of the assistant.")
+    tool_call_id: Name | None = Field(None, description="Of role tool: the call that this answers.")
+
+    @field_validator("tool_calls", "tool_call_id")
+    @classmethod
+    def _has_its_role(cls, value: object, info: ValidationInfo) -> object:
+        role = "assistant" if info.field_name == "tool_calls" else "tool"
+        if value is not None and info.data.get("role") not in (None, role):
+            raise PydanticCustomError("contradiction", "only allowed with role {role}", {"role": role})
+        return value
 
     @field_validator("content")
     @classmethod
@@ -214,14 +195,17 @@ class RequestMessage(_RequestModel):
         return value
 
     @property
-    def message(self) -> Message:
+    def message(self) -> FullMessage:
         """The message as chat templates take it."""
         # OpenAI's newer name for it, which templates do not know.
         role = "system" if self.role == "developer" else self.role
         content = self.content or ""
         if not isinstance(content, str):
             content = "".join(part.text for part in content)
-        return {"role": role, "content": content} | ({"name": self.name} if self.name else {})
+        message: FullMessage = {"role": role, "content": content} | ({"name": self.name} if self.name else {})
+        if self.tool_calls:
+            message["tool_calls"] = [call.model_dump(exclude_none=True) for call in self.tool_calls]
+        return message | ({"tool_call_id": self.tool_call_id} if self.tool_call_id else {})
 
 
 class ChatRequest(_GenerationRequest):
@@ -232,6 +216,34 @@ class ChatRequest(_GenerationRequest):
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[Tool] = Field([], max_length=128)
+    tool_choice: (
+        Annotated[
+            Annotated[Literal["none", "auto", "required"], Tag(TEXT)] | Annotated[NamedTool, Tag(OBJECT)],
+            Discriminator(text_or_object),
+        ]
+        | None
+    ) = Field(None, description="Default: auto with tools.")
+    parallel_tool_calls: bool = True
+
+    @field_validator("tools")
+    @classmethod
+    def _have_own_names(cls, tools: list[Tool]) -> list[Tool]:
+        names = [tool.function.name for tool in tools]
+        for name in names:
+            if names.count(name) > 1:
+                raise PydanticCustomError("contradiction", "two tools have the name {name}", {"name": name})
+        return tools
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _is_among_tools(cls, value: str | NamedTool | None, info: ValidationInfo) -> str | NamedTool | None:
+        names = [tool.function.name for tool in info.data.get("tools", [])]
+        if value == "required" and not names:
+            raise PydanticCustomError("contradiction", "only allowed with tools")
+        if isinstance(value, NamedTool) and value.function.name not in names:
+            raise PydanticCustomError("contradiction", "no tool has this name")
+        return value
 
     @field_validator("max_completion_tokens")
     @classmethod
@@ -241,7 +253,7 @@ class ChatRequest(_GenerationRequest):
         return value
 
     @property
-    def prompts(self) -> list[tuple[Message, ...]]:
+    def prompts(self) -> list[tuple[FullMessage, ...]]:
         return [tuple(message.message for message in self.messages)]
 
     @property

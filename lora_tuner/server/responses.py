@@ -7,17 +7,21 @@ is then spelled by its bytes, and the text follows with the token that completes
 tokens of one character share its text offset.
 """
 
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from ..data.call_format import ToolCall
+from ..inference import sequence
 from ..inference.detokenizer import token_text as token_text
 from ..inference.routing import Choice
-from ..inference.sequence import FinishReason, Sequence, TokenLogprobs
+from ..inference.sequence import TokenLogprobs
 
 MIN_LOGPROB = -9999.0  # OpenAI's value for a probability of zero
+FinishReason = sequence.FinishReason | Literal["tool_calls"]
 TokenSpeller = Callable[[int], tuple[str, list[int] | None]]  # see `token_text`
 
 
@@ -81,9 +85,28 @@ class ChatLogprobs(BaseModel):
     content: list[TokenLogprob]
 
 
+class CalledFunction(BaseModel):
+    """`arguments` are JSON, unless a limit has cut them off."""
+
+    name: str
+    arguments: str
+
+
+class MessageToolCall(BaseModel):
+    """`index` is in deltas alone."""
+
+    index: int | None = Field(None, exclude_if=lambda index: index is None)
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(BaseModel):
+    """`content` is null for calls of tools without a text before them."""
+
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    tool_calls: list[MessageToolCall] | None = Field(None, exclude_if=lambda calls: calls is None)
 
 
 class ChatChoice(BaseModel):
@@ -100,7 +123,8 @@ class ChatCompletion(ResponseFields):
 
 class Delta(BaseModel):
     role: Literal["assistant"] | None = None
-    content: str
+    content: str | None
+    tool_calls: list[MessageToolCall] | None = None
 
 
 class ChatChunkChoice(BaseModel):
@@ -126,13 +150,14 @@ class OutputDelta:
     logprobs: list[TokenLogprobs] | None
     finish_reason: FinishReason | None
     first: bool
+    tool_calls: Sequence[ToolCall] = ()
 
 
 @dataclass
 class OutputReader:
     """Reads a sequence piece by piece."""
 
-    sequence: Sequence
+    sequence: sequence.Sequence
     characters: int = 0  # read so far
     tokens: int = 0
     ended: bool = False
@@ -204,10 +229,13 @@ def _chat_completion(
     choices = []
     for index, output in outputs.items():
         assert output.finish_reason is not None
+        message = ChatMessage(content=output.text)
+        if output.tool_calls:
+            message = ChatMessage(content=output.text or None, tool_calls=_tool_calls(output.tool_calls))
         choices.append(
             ChatChoice(
                 index=index,
-                message=ChatMessage(content=output.text),
+                message=message,
                 logprobs=_chat_logprobs(output, spell),
                 finish_reason=output.finish_reason,
             )
@@ -221,6 +249,8 @@ def _chat_chunk(
     choices = []
     for index, output in outputs.items():
         delta = Delta(role="assistant", content=output.text) if output.first else Delta(content=output.text)
+        if output.tool_calls:
+            delta.content, delta.tool_calls = output.text or None, _tool_calls(output.tool_calls, indexed=True)
         choices.append(
             ChatChunkChoice(
                 index=index,
@@ -232,6 +262,17 @@ def _chat_chunk(
     return ChatCompletionChunk(
         **fields.model_dump(exclude_unset=True), object="chat.completion.chunk", choices=choices
     )
+
+
+def _tool_calls(calls: Sequence[ToolCall], *, indexed: bool = False) -> list[MessageToolCall]:
+    messages = []
+    for number, call in enumerate(calls):
+        function = CalledFunction(name=call.name, arguments=call.arguments)
+        message = MessageToolCall(id=f"call_{secrets.token_hex(12)}", type="function", function=function)
+        if indexed:
+            message.index = number
+        messages.append(message)
+    return messages
 
 
 def _chat_logprobs(output: OutputDelta, spell: TokenSpeller) -> ChatLogprobs | None:

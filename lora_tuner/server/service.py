@@ -8,6 +8,7 @@ one base; those trained on another are listed with the reason why they cannot be
 
 import asyncio
 import copy
+import json
 import os
 import re
 import time
@@ -24,7 +25,8 @@ from transformers import PreTrainedTokenizerBase
 from ..adapters.adapter import Adapter
 from ..adapters.library import read_consistently
 from ..config import AUTO_MODEL, RESERVED_NAME, SamplingParams, ServerConfig
-from ..data.chat import Message
+from ..data.call_format import CallFormat, learn_call_format
+from ..data.chat import FullMessage, iter_texts
 from ..data.chat_template import special_tokens
 from ..errors import (
     AdapterError,
@@ -36,6 +38,7 @@ from ..errors import (
     ignore_events,
 )
 from ..inference import sequence
+from ..inference.constraints import Constraint, Grammar, GrammarCompiler
 from ..inference.generator import FolderIdentity, Generator, folder_identity
 from ..inference.multi_lora import LoadedAdapter
 from ..inference.sampling import choose_seed, sequence_seed
@@ -44,17 +47,18 @@ from ..models.layers import layer_sizes
 from ..models.memory import free_memory
 from ..text import display_name
 from .scheduler import Request, Scheduler
+from .tools import ToolUse
 
 T = TypeVar("T")
-Prompt = str | list[int] | tuple[Message, ...]  # text, token ids, or a conversation
+Prompt = str | list[int] | tuple[FullMessage, ...]  # text, token ids, or a conversation
 _FOLDER_PATHS = re.compile(
     r"""(?<![\w./~-])(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?=[^\s/\\])(?:[^\s/\\:;,'"()]+[/\\])*"""
 )
 
 
 # One thread for each. "encode" has prompts of at most `SHORT_PROMPT` characters or tokens; "find"
-# looks adapters up that are in memory, "load" reads them from disk; "library" shows and renames
-# their folders, "library-long" reads all of their bytes.
+# looks adapters up that are in memory, "load" reads them from disk; "compile" compiles grammars;
+# "library" shows and renames the folders of adapters, "library-long" reads all of their bytes.
 Work = Literal[
     "list",
     "find",
@@ -62,6 +66,7 @@ Work = Literal[
     "encode",
     "encode-long",
     "choose",
+    "compile",
     "format",
     "metrics",
     "blend",
@@ -96,6 +101,8 @@ class PreparedRequest:
     adapter: str | None  # None: the base
     lora: LoadedAdapter | None
     prompts: list[list[int]]
+    constraint: Constraint | None = None  # at its beginning; each sequence gets a copy
+    call_format: CallFormat | None = None  # with tools that the outputs may call
 
 
 class ModelService:
@@ -121,6 +128,7 @@ class ModelService:
             # A quarter: a growing cache is copied, and prefill has a cache of its own.
             max_cache_tokens=free_memory(self.base.device) // 4 // generator.engine.kv_bytes_per_token,
         )
+        self._grammars = GrammarCompiler(self.base)
         self._layer_sizes = layer_sizes(generator.engine.multi_lora.layers)
         self._base_model = ServedModel(self.name)
         self._models: dict[Path, tuple[FolderIdentity, ServedModel]] = {}  # as they were last read
@@ -211,17 +219,21 @@ class ModelService:
         path = await self.run_in_thread("list", partial(self._path, model))
         return await self.run_in_thread("load", partial(self.generator.get_or_load, path))
 
-    async def encode_all(self, prompts: Sequence[Prompt], lora: LoadedAdapter | None = None) -> list[list[int]]:
+    async def encode_all(
+        self, prompts: Sequence[Prompt], lora: LoadedAdapter | None = None, tools: ToolUse | None = None
+    ) -> list[list[int]]:
         """Return the token ids of prompts; those of a conversation end where the answer begins.
 
         An adapter with a tokenizer of its own has its chat template applied. Raises what `encode`
         raises.
         """
-        work: Work = "encode" if sum(map(_prompt_size, prompts)) <= SHORT_PROMPT else "encode-long"
+        size = sum(map(_prompt_size, prompts)) + sum(map(len, iter_texts(tools.for_template() if tools else [])))
+        work: Work = "encode" if size <= SHORT_PROMPT else "encode-long"
 
         def encode_prompts() -> list[list[int]]:
             tokenizer = self._tokenizer_copy(work, lora)
-            return [self.encode(prompt, tokenizer, lora.vocab_size if lora else 0) for prompt in prompts]
+            vocab_size = lora.vocab_size if lora else 0
+            return [self.encode(prompt, tokenizer, vocab_size, tools) for prompt in prompts]
 
         return await self.run_in_thread(work, encode_prompts)
 
@@ -234,7 +246,13 @@ class ModelService:
             copies[lora] = copy.deepcopy(lora.tokenizer)
         return copies[lora]
 
-    def encode(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, vocab_size: int = 0) -> list[int]:
+    def encode(
+        self,
+        prompt: Prompt,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int = 0,
+        tools: ToolUse | None = None,
+    ) -> list[int]:
         """Return the token ids of one prompt; `vocab_size` is that of the adapter, 0 for the base's.
 
         Raises GenerationError when it leaves no room in the context, holds invalid token ids, or
@@ -248,9 +266,10 @@ class ModelService:
                 raise GenerationError(f"{self.name} has no chat template: use the completions endpoint instead.")
             messages = prompt
             try:
-                prompt = self.generator.encode_prompt(messages, tokenizer, vocab_size).token_ids
+                template_tools = tools.for_template() if tools else None
+                prompt = self.generator.encode_prompt(messages, tokenizer, vocab_size, template_tools).token_ids
             except DataError as error:
-                field = _find_special_token(messages, tokenizer)
+                field = _find_special_token(messages, tools, tokenizer)
                 text = str(error).replace("A message", field).replace("this base", self.name)
                 raise RequestError(text, field) from error
         count = vocab_size or self.base.vocab_size
@@ -264,14 +283,42 @@ class ModelService:
             text = text.replace(f"{folder}{os.sep}", "")
         return _FOLDER_PATHS.sub("", text.replace(self.base.files.name, self.name))
 
-    async def prepare_request(self, model: str, prompts: Sequence[Prompt], n: int = 1) -> PreparedRequest:
-        """Find the adapter and tokenize the prompts; meanwhile `n` queue slots for each are reserved.
+    async def prepare_request(
+        self,
+        model: str,
+        prompts: Sequence[Prompt],
+        n: int = 1,
+        grammar: Grammar | None = None,
+        tools: ToolUse | None = None,
+    ) -> PreparedRequest:
+        """Find the adapter, tokenize the prompts and compile the grammar of the outputs; meanwhile
+        `n` queue slots for each prompt are reserved.
 
-        Raises what `find_adapter`, `encode` and `Scheduler.reserve` raise.
+        Raises what `find_adapter`, `encode`, `GrammarCompiler.compile` and `Scheduler.reserve` raise.
         """
         with self.scheduler.reserve(n * len(prompts)):
             adapter, lora = await self.find_adapter(model)
-            return PreparedRequest(model, adapter, lora, await self.encode_all(prompts, lora))
+            call_format = constraint = None
+            if tools is not None and tools.choice != "none":
+                learn = partial(self._learn_calls, tools, lora, grammar)
+                call_format, grammar = await self.run_in_thread("encode", learn)
+            token_ids = await self.encode_all(prompts, lora, tools)
+            if grammar is not None:
+                tokenizer = (lora and lora.tokenizer) or self.base.tokenizer
+                compile_grammar = partial(self._grammars.compile, grammar, tokenizer)
+                constraint = await self.run_in_thread("compile", compile_grammar)
+            return PreparedRequest(model, adapter, lora, token_ids, constraint, call_format)
+
+    def _learn_calls(
+        self, tools: ToolUse, lora: LoadedAdapter | None, answer: Grammar | None
+    ) -> tuple[CallFormat, Grammar]:
+        """Return how the chat template writes calls, and the grammar of an answer with them."""
+        tokenizer = self._tokenizer_copy("encode", lora)
+        try:
+            call_format = learn_call_format(tokenizer)
+        except DataError as error:
+            raise RequestError(f"tools: {str(error).replace('this base', self.name)}", "tools") from error
+        return call_format, tools.grammar(call_format, tokenizer, answer)
 
     def max_new_tokens(self, prompts: list[list[int]], max_tokens: int | None) -> int:
         """Check and return `max_tokens`; the default is what fits after the longest prompt.
@@ -318,6 +365,7 @@ class ModelService:
                 prepared.adapter,
                 prepared.lora,
                 top_logprobs=top_logprobs,
+                constraint=prepared.constraint and prepared.constraint.copy(),
             )
             for ids in prepared.prompts
             for number in range(n)
@@ -351,14 +399,22 @@ class ModelService:
 def _prompt_size(prompt: Prompt) -> int:
     """Return the characters of a text or conversation, or the number of token ids."""
     if isinstance(prompt, tuple):
-        return sum(len(text) for message in prompt for text in message.values())
+        return sum(map(len, iter_texts(list(prompt))))
     return len(prompt)
 
 
-def _find_special_token(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
+def _find_special_token(
+    messages: Sequence[FullMessage], tools: ToolUse | None, tokenizer: PreTrainedTokenizerBase
+) -> str:
     """Return the field of a request whose text spells a special token, else "messages"."""
-    for number, message in enumerate(messages):
-        for key, text in message.items():
-            if any(token in text for token in special_tokens(tokenizer)):
-                return f"messages[{number}].{key}"
+    fields = {
+        f"messages[{number}].{key}": value
+        for number, message in enumerate(messages)
+        for key, value in message.items()
+    }
+    fields |= {"tools": tools.for_template()} if tools else {}
+    for field, value in fields.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        if any(token in text for token in special_tokens(tokenizer)):
+            return field
     return "messages"
