@@ -4,6 +4,7 @@ matrix products as the lower bound; and a cold start."""
 import copy
 import importlib.metadata
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import torch
 from lora_tuner import Generator, ModelOptions, SamplingParams, TrainConfig, evaluation
 from lora_tuner.config import EMBEDDED_BASE
 from lora_tuner.data.dataset import load_dataset
+from lora_tuner.inference.constraints import Grammar, GrammarCompiler
+from lora_tuner.inference.sequence import Sequence
 from lora_tuner.models.base_files import quiet_transformers
 from lora_tuner.models.layers import linear_layers
 from lora_tuner.models.loading import load_base
@@ -34,6 +37,21 @@ PRECISIONS = {
     "4 bits": ModelOptions(load_in="4bit"),
 }
 GREEDY = SamplingParams(greedy=True, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0)
+FILMS = {  # longer than NEW_TOKENS
+    "type": "array",
+    "items": {
+        "type": "object",
+        "properties": {
+            "title": {"type": "string"},
+            "year": {"type": "integer"},
+            "genre": {"enum": ["drama", "comedy", "western"]},
+            "seen": {"type": "boolean"},
+        },
+        "required": ["title", "year", "genre", "seen"],
+        "additionalProperties": False,
+    },
+    "minItems": 30,
+}
 CLI = Path(__file__).parents[1] / "cli.py"
 BARE = """
 import sys, torch, transformers
@@ -58,7 +76,13 @@ for _ in sys.stdin:
 
 def run(rounds: int) -> list[Figure]:
     """Takes some minutes."""
-    return [*_throughput(rounds), *_scaling(rounds), *_losses(), *_cold_start(rounds)]
+    return [
+        *_throughput(rounds),
+        *_scaling(rounds),
+        *_constrained(rounds),
+        *_losses(),
+        *_cold_start(rounds),
+    ]
 
 
 def _throughput(rounds: int) -> list[Figure]:
@@ -109,6 +133,38 @@ def _scaling(rounds: int) -> list[Figure]:
         figure(f"{rows} x {tokens} tokens, float32", rows * tokens / times[f"{rows} x {tokens}"], "tokens/s")
         for rows, tokens in shapes
     ]
+
+
+def _constrained(rounds: int) -> list[Figure]:
+    """Throughput with a JSON schema for each output, and without one in the same rounds."""
+    generator = Generator(options=ModelOptions(base=EMBEDDED_BASE, dtype="float32"))
+    base, prompt = generator.base, generator.encode_prompt(PROMPT).token_ids
+    form = GrammarCompiler(base).compile(Grammar("json", json.dumps(FILMS), "schema"), base.tokenizer)
+
+    def generate(rows: int, with_schema: bool) -> None:
+        constraints = [form.copy() if with_schema else None for _ in range(rows)]
+        sequences = [Sequence(base, prompt, GREEDY, constraint=constraint) for constraint in constraints]
+        generator.engine.add(sequences)
+        while generator.engine.sequences:
+            generator.engine.step()
+        assert all(len(sequence.output_ids) == NEW_TOKENS for sequence in sequences), "an output ended early"
+
+    sizes = (1, PROMPTS, 4 * PROMPTS)
+    times = median_seconds(
+        {
+            f"{rows} {with_schema}": partial(generate, rows, with_schema)
+            for rows in sizes
+            for with_schema in (False, True)
+        },
+        rounds,
+    )
+    figures = []
+    for rows in sizes:
+        plain, constrained = times[f"{rows} False"], times[f"{rows} True"]
+        note = f"{plain / constrained:.2f} x without a schema (must be 0.9)"
+        label = f"{rows} x {NEW_TOKENS} tokens of a JSON schema, float32"
+        figures.append(figure(label, rows * NEW_TOKENS / constrained, "tokens/s", note))
+    return figures
 
 
 def _stock_generate(model: Any, tokenizer: Any, rows: int) -> str:
