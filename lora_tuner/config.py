@@ -684,22 +684,45 @@ class SamplingParams(_Settings):
         ge=MIN_REPETITION_PENALTY,
         le=10,
     )
+    min_p: float = _setting(
+        0.0,
+        "Leave out tokens with less than this share of the top token's probability.",
+        "More sampling",
+        ge=0,
+        le=1,
+    )
+    presence_penalty: float = _setting(
+        0.0,
+        "Lower the logits of tokens that the output has so far; below 0 raises them.",
+        "More sampling",
+        ge=-2,
+        le=2,
+    )
+    frequency_penalty: float = _setting(
+        0.0, "Like --presence-penalty, once for each time that the token occurs.", "More sampling", ge=-2, le=2
+    )
     seed: int | None = _setting(
         None, "Random seed. The same seed and settings give the same text.", "Sampling", "random", ge=0, lt=2**63
     )
     n: int = _setting(1, "Number of outputs per prompt.", "Sampling", ge=1, le=256)
     stop: list[str] = _setting([], "Stop sequence: the output ends before it. May be repeated.", "Sampling")
+    # Of the API alone: without a panel a field is no option of the command line.
+    logit_bias: dict[int, float] = Field({}, description="Added to the logits of these tokens.")
+    min_new_tokens: int = Field(0, ge=0, description="Nothing ends the output before it has so many tokens.")
+    stop_token_ids: list[int] = Field([], description="Tokens that end the output, and are no part of it.")
+    ignore_eos: bool = Field(False, description="Continue past the end of text and of a turn.")
+    include_stop_str_in_output: bool = Field(False, description="Keep the stop sequence in the output.")
 
     @field_validator("temperature")
     @classmethod
     def _round_temperature(cls, value: float) -> float:
         return value if value >= MIN_TEMPERATURE else 0.0
 
-    @field_validator("temperature", "top_p", "top_k")  # run for a given value, be it the default
+    @field_validator("temperature", "top_p", "top_k", "min_p")  # run for a given value, be it the default
     @classmethod
     def _check_greedy(cls, value: float, info: ValidationInfo) -> float:
         if info.data.get("greedy"):
-            raise _contradiction("greedy does not sample: leave temperature, top_p and top_k out")
+            raise _contradiction("greedy does not sample: leave temperature, top_p, top_k and min_p out")
         return value
 
     @field_validator(*_NEEDS_SAMPLING)

@@ -160,13 +160,13 @@ def is_given(ctx: typer.Context, option: str) -> bool:
 
 
 def settings_options(kind: type[BaseModel], *names: str) -> Callable[[Command], Command]:
-    """Give a command an option for each field of a settings class, or for some; it receives those
-    set as `overrides`."""
+    """Give a command an option for each field of a settings class that has a panel, or for some; it
+    receives those set as `overrides`."""
 
     def collect_overrides(values: dict[str, Any]) -> Overrides:
         return {name: value for name, value in values.items() if value not in (None, [])}
 
-    fields = kind.model_fields.items()
+    fields = [(name, field) for name, field in kind.model_fields.items() if field.json_schema_extra]
     added = [_option(name, field) for name, field in fields if name in names or not names]
     return _replace_parameter("overrides", added, collect_overrides)
 

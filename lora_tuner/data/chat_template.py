@@ -322,7 +322,11 @@ class TemplateError(Exception):
 
 
 def render_prompt(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[FullMessage], tools: Tools = None
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[FullMessage],
+    tools: Tools = None,
+    *,
+    add_generation_prompt: bool = True,
 ) -> str:
     """Render a conversation through the chat template, up to the assistant's next answer.
 
@@ -341,7 +345,7 @@ def render_prompt(
             raise DataError(f"A message contains {token}, a special token of this base: remove it.")
         if has_tools:
             _refuse_dropped(tokenizer, list(messages), tools)
-        return apply_template(tokenizer, messages, add_generation_prompt=True, tools=tools)
+        return apply_template(tokenizer, messages, add_generation_prompt=add_generation_prompt, tools=tools)
     except InvalidRowError as error:
         raise DataError(f"The conversation has {error}.") from error
     except TemplateError as error:

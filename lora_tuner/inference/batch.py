@@ -10,7 +10,7 @@ memory.
 from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, takewhile
 
 import torch
 import torch.nn.functional as F
@@ -160,8 +160,12 @@ class RunningBatch:
     def _start_prefill(self, budget: int) -> None:
         """Schedule the first waiting sequence, and those after it that fit into the budget
         together."""
+        scored = self.waiting[0].score_prompt
+        alike = list(takewhile(lambda sequence: sequence.score_prompt == scored, self.waiting))
+        if scored:  # (tokens, vocabulary) logits take much memory
+            budget = min(budget, PREFILL_CHUNK)
         # The longest prompt among the first sequence, the first two, the first three, ...
-        maxima = list(accumulate((len(sequence.prompt_ids) for sequence in self.waiting), max))
+        maxima = list(accumulate((len(sequence.prompt_ids) for sequence in alike), max))
         count = sum(longest * rows <= budget for rows, longest in enumerate(maxima, 1)) or 1
         sequences, longest = self.waiting[:count], maxima[count - 1]
         padding = [longest - len(sequence.prompt_ids) for sequence in sequences]
@@ -181,9 +185,17 @@ class RunningBatch:
         """Run the next chunk of a prefill. Unless it was the last chunk, the other prefills come
         first next time."""
         rows, longest = prefill.prompts.shape
+        scored = prefill.sequences[0].score_prompt
+        if scored:
+            budget = min(budget, PREFILL_CHUNK)
         chunk = max(1, budget // rows) if self.decoder.chunked_prefill else longest
-        token_ids = prefill.prompts[:, prefill.cache.used : prefill.cache.used + chunk]
-        logits = self.decoder.forward(token_ids, prefill.cache, prefill.lora, last_only=True)
+        start = prefill.cache.used
+        token_ids = prefill.prompts[:, start : start + chunk]
+        logits = self.decoder.forward(token_ids, prefill.cache, prefill.lora, last_only=not scored)
+        for sequence, row_logits in zip(prefill.sequences, logits, strict=True) if scored else ():
+            padding = longest - len(sequence.prompt_ids)
+            skipped = max(padding - start, 0)
+            sequence.append_prompt_logits(start + skipped - padding, row_logits[skipped:])
         if prefill.cache.used < longest:
             self.prefills.rotate(-1)
         else:

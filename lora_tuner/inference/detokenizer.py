@@ -15,6 +15,10 @@ class IncrementalDetokenizer:
 
     `stable_text` excludes what a stop string may still remove; other threads may read it, and
     nothing else.
+
+    Args:
+        stop: the text ends before the first of these strings, or after it with `include_stop`.
+        min_tokens: a stop string within so many tokens ends nothing.
     """
 
     def __init__(
@@ -24,10 +28,14 @@ class IncrementalDetokenizer:
         stop: Iterable[str] = (),
         *,
         skip_special_tokens: bool = True,
+        include_stop: bool = False,
+        min_tokens: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
         self.skip_special_tokens = skip_special_tokens
         self.stop = list(stop)
+        self.include_stop = include_stop
+        self._tokens_left = min_tokens  # that no stop string may end
         self.text = self.stable_text = ""
         self.stopped = False
         self._context = [list(prompt_ids[-CONTEXT_TOKENS:])]  # groups of whole characters
@@ -48,6 +56,7 @@ class IncrementalDetokenizer:
 
     def append(self, token: int) -> None:
         self._pending.append(token)
+        self._tokens_left -= 1
         decoded = self._decode([*self._context, self._pending])
         if not decoded.endswith(_INCOMPLETE):
             self._commit(decoded)
@@ -64,10 +73,14 @@ class IncrementalDetokenizer:
         self._context_text, self._pending = decoded, []
         while sum(map(len, self._context[1:])) >= CONTEXT_TOKENS and (shorter := self._decode(self._context[1:])):
             self._context_text, self._context = shorter, self._context[1:]
-        positions = [text.find(stop, max(0, start - len(stop) + 1)) for stop in self.stop]
-        if hits := [position for position in positions if position >= 0]:
-            text, self.stopped = text[: min(hits)], True
-        held_back = 0 if self.stopped else max((len(stop) - 1 for stop in self.stop), default=0)
+        positions = [(text.find(stop, max(0, start - len(stop) + 1)), stop) for stop in self.stop]
+        hits = [(position, stop) for position, stop in positions if position >= 0]
+        if hits and self._tokens_left < 0:
+            position, stop = min(hits)
+            text, self.stopped = text[: position + len(stop) * self.include_stop], True
+        held_back = (
+            0 if self.stopped or self.include_stop else max((len(stop) - 1 for stop in self.stop), default=0)
+        )
         self.text, self.stable_text = text, text[: max(len(text) - held_back, 0)]
 
 

@@ -5,11 +5,13 @@ character may need several tokens, and a stop string may have begun. Limit: text
 last tokens only, which is wrong for a tokenizer whose text depends on tokens far back.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from transformers import LogitsProcessorList
 
 from ..config import SamplingParams
 from ..errors import GenerationError
@@ -24,13 +26,13 @@ FinishReason = Literal["stop", "length"]  # as in OpenAI's API
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probability of a generated token, in nats, and the most likely tokens at its position as
+    """Log-probability of a token, in nats, and the most likely tokens at its position as
     (token, logprob)."""
 
     token: int
     logprob: float
     top: list[tuple[int, float]]
-    text_offset: int  # where its text begins in the output
+    text_offset: int  # where its text begins in the output; 0 in the prompt
 
 
 @dataclass(eq=False)
@@ -50,6 +52,10 @@ class Sequence:
     on_text: Callable[[str], None] | None = None
     top_logprobs: int | None = None  # alternatives recorded per token; None: no log-probabilities
     constraint: Constraint | None = None
+    score_prompt: bool = False  # record the log-probabilities of the prompt's tokens too
+    prompt_only: bool = False  # end with the prompt, without output
+    ranked: bool = False  # count `mean_logprob`
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of all tokens but the first
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     hit_eos: bool = False
@@ -60,15 +66,25 @@ class Sequence:
         self.max_new_tokens = min(self.sampling.max_new_tokens, self.base.max_context - len(self.prompt_ids))
         tokenizer = (self.lora and self.lora.tokenizer) or self.base.tokenizer
         self.detokenizer = IncrementalDetokenizer(
-            tokenizer, self.prompt_ids, self.sampling.stop, skip_special_tokens=self.constraint is None
+            tokenizer,
+            self.prompt_ids,
+            self.sampling.stop,
+            skip_special_tokens=self.constraint is None,
+            include_stop=self.sampling.include_stop_str_in_output,
+            min_tokens=self.sampling.min_new_tokens,
         )
         # Number of its logits: beside a row whose adapter has more tokens it gets more.
         self.vocab_size = (self.lora and self.lora.vocab_size) or self.base.head_size
-        self._eos_token_ids = end_token_ids(self.base, tokenizer)
+        self._end_token_ids = set(self.sampling.stop_token_ids)
+        if self.constraint is not None or not self.sampling.ignore_eos:  # a form has an end
+            self._end_token_ids |= end_token_ids(self.base, tokenizer)
         # (1, capacity).
         self.token_ids: Any = torch.tensor([self.prompt_ids], device=self.base.device)
-        self.logits_processors = make_logits_processors(self.sampling, self.seed)
+        self.logits_processors = make_logits_processors(
+            self.sampling, self.seed, len(self.prompt_ids), self._end_token_ids
+        )
         self._streamed = 0  # characters passed to `on_text`
+        self._logprob_sum = 0.0
 
     @property
     def finished(self) -> bool:
@@ -83,7 +99,7 @@ class Sequence:
     @property
     def done(self) -> bool:
         """True if no token may follow."""
-        return self.finished or len(self.output_ids) == self.max_new_tokens or self.error is not None
+        return self.complete or self.finished or len(self.output_ids) == self.max_new_tokens
 
     @property
     def length(self) -> int:
@@ -91,7 +107,10 @@ class Sequence:
 
     def append_token(self, logits: torch.Tensor) -> int:
         """Choose the next token from its logits (vocabulary,) and append it. With `done` set, no
-        token follows. Returns -1 where an error ends the sequence before."""
+        token follows. Returns -1 where an error or a prompt alone ends the sequence before."""
+        if self.prompt_only:
+            self._release()
+            return -1
         try:
             scores = logits if self.constraint is None else self.constraint.mask(logits)
         except GenerationError as error:
@@ -99,14 +118,11 @@ class Sequence:
             return -1
         token = int(self.logits_processors(self.token_ids[:, : self.length], scores[None]).argmax())
         if not scores[token].isfinite():  # argmax of NaN would be the first token
-            self.fail(
-                GenerationError(
-                    f"{self.adapter or 'The base'} produces logits that are not finite: "
-                    "its weights are too large, or it needs --dtype float32."
-                )
-            )
+            self._fail_not_finite()
             return token
-        if token in self._eos_token_ids:
+        if self.ranked:
+            self._logprob_sum += self._token_logprobs([token], logits[None])[0].logprob
+        if token in self._end_token_ids:
             self.hit_eos = True
         else:
             if self.length == self.token_ids.shape[1]:
@@ -114,7 +130,7 @@ class Sequence:
             self.token_ids[0, self.length] = token
             self.output_ids.append(token)
             if self.top_logprobs is not None:  # before its text, for concurrent readers
-                self.logprobs.append(self._token_logprobs(token, logits))
+                self.logprobs += self._token_logprobs([token], logits[None])
             self.detokenizer.append(token)
             if self.constraint is not None and self.constraint.advance(token):
                 self.hit_eos = True  # nothing else may follow
@@ -126,6 +142,29 @@ class Sequence:
             self.on_text(text[start:])
         return token
 
+    def append_prompt_logits(self, start: int, logits: torch.Tensor) -> None:
+        """Record the log-probabilities of prompt tokens.
+
+        Args:
+            start: index of the token of the first logits, which are of the token after it.
+            logits: (tokens, vocabulary).
+        """
+        following = self.prompt_ids[start + 1 : start + 1 + len(logits)]
+        if following and not self.done:
+            self.prompt_logprobs += self._token_logprobs(following, logits[: len(following), : self.vocab_size])
+            if any(math.isnan(token.logprob) for token in self.prompt_logprobs[-len(following) :]):
+                self._fail_not_finite()
+
+    @property
+    def mean_logprob(self) -> float:
+        """Mean log-probability of the tokens of a `ranked` output, one that ends it included."""
+        return self._logprob_sum / max(1, len(self.output_ids) + self.hit_eos)
+
+    def _fail_not_finite(self) -> None:
+        model = self.adapter or "The base"
+        causes = "its weights are too large, or it needs --dtype float32"
+        self.fail(GenerationError(f"{model} produces logits that are not finite: {causes}."))
+
     def fail(self, error: Exception) -> None:
         """End with an error, which readers find before the sequence is complete."""
         self.error = error
@@ -134,7 +173,7 @@ class Sequence:
     def _release(self) -> None:
         """Free adapter, random generator and grammar: a sequence may be kept until its last reader is
         done."""
-        self.lora, self.logits_processors = None, make_logits_processors(self.sampling, None)
+        self.lora, self.logits_processors = None, LogitsProcessorList()
         self.constraint = None
         self.complete = True
 
@@ -143,12 +182,14 @@ class Sequence:
         """Text that no later token or stop string changes."""
         return self.detokenizer.text if self.complete else self.detokenizer.stable_text
 
-    def _token_logprobs(self, token: int, logits: torch.Tensor) -> TokenLogprobs:
+    def _token_logprobs(self, tokens: list[int], logits: torch.Tensor) -> list[TokenLogprobs]:
+        """Return those of the tokens that follow in text, by their logits (tokens, vocabulary)."""
         logprobs = logits.float().log_softmax(-1)
-        best = logprobs.topk(min(self.top_logprobs or 0, len(logprobs)))
-        return TokenLogprobs(
-            token,
-            float(logprobs[token]),
-            list(zip(best.indices.tolist(), best.values.tolist(), strict=True)),
-            len(self.detokenizer.text),
-        )
+        chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
+        best = logprobs.topk(min(self.top_logprobs or 0, logprobs.shape[1]))
+        return [
+            TokenLogprobs(token, logprob, list(zip(ids, values, strict=True)), len(self.detokenizer.text))
+            for token, logprob, ids, values in zip(
+                tokens, chosen[:, 0].tolist(), best.indices.tolist(), best.values.tolist(), strict=True
+            )
+        ]

@@ -13,7 +13,24 @@ from ..text import escape_control
 from . import neutral
 from .fields import ALTERNATIVES
 
-API_ENDPOINTS = ("/v1/models", "/v1/completions", "/v1/chat/completions")
+API_ENDPOINTS = (
+    "/v1/models",
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/tokenize",
+    "/detokenize",
+)
+_NEUTRAL = {
+    "/v1/completions": neutral.COMPLETION,
+    "/v1/chat/completions": neutral.CHAT,
+    "/v1/responses": neutral.RESPONSES,
+    "/v1/load_lora_adapter": neutral.LOAD_ADAPTER,
+    "/v1/unload_lora_adapter": neutral.UNLOAD_ADAPTER,
+    "/tokenize": neutral.TOKENIZE,
+}
 
 
 class ErrorDetail(BaseModel):
@@ -57,7 +74,7 @@ async def http_error(request: Request, error: HTTPException) -> Response:
 
 async def validation_error(request: Request, error: RequestValidationError) -> Response:
     """Report all problems of a request, grouped by field."""
-    known_fields = neutral.CHAT if request.url.path.startswith("/v1/chat/") else neutral.COMPLETION
+    known_fields = _NEUTRAL.get(request.url.path, {})
     problems: dict[str, dict[str, None]] = {}  # the inner one is an ordered set of texts
     for problem in error.errors()[:50]:
         location, kind = problem["loc"][1:], problem["type"]

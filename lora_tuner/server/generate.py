@@ -6,7 +6,7 @@ is already out.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from functools import lru_cache, partial
 from urllib.parse import quote
@@ -26,6 +26,7 @@ from ..errors import (
     ServerClosingError,
     UnknownModelError,
 )
+from ..inference.sequence import Sequence
 from ..text import format_count
 from .constrained import requested_grammar
 from .error_responses import error_response
@@ -34,6 +35,7 @@ from .protocol import ChatRequest, CompletionRequest, StreamOptions
 from .responses import EndpointFormat, OutputDelta, OutputReader, ResponseFields, TokenSpeller, Usage, token_text
 from .scheduler import Request
 from .service import ModelService
+from .tokenize import check_token_ids, echo_all
 from .tools import CallReader, requested_tools
 
 TOKEN_TEXT_CACHE = 16_384  # tokens whose text is cached; a few MB
@@ -61,12 +63,12 @@ async def generate(
 ) -> Response:
     record: RequestRecord = http_request.state.record
     record.user, record.stream = body.user, body.stream
-    count = body.n * len(body.prompts)
+    count = body.candidates * len(body.prompts)
     capacity = service.config.max_batch + service.config.max_waiting
     if count > capacity:
-        raise RequestError(
-            f"n: {format_count(count, 'output')} requested, the limit of this server is {capacity:,}.", "n"
-        )
+        field = "best_of" if body.candidates > body.n else "n"
+        problem = f"{format_count(count, 'output')} requested, the limit of this server is {capacity:,}"
+        raise RequestError(f"{field}: {problem}.", field)
     model, auto, choice = body.model, http_request.app.state.auto, None
     if auto.is_asked(model):
         if len(body.prompts) > 1:
@@ -74,32 +76,44 @@ async def generate(
         choice = await auto.choose(body.prompts[0])
         model, record.auto = auto.model_of(choice), True
     tools = requested_tools(body) if isinstance(body, ChatRequest) else None
-    prepared = await service.prepare_request(model, body.prompts, body.n, requested_grammar(body), tools)
+    grammar, echo = requested_grammar(body), isinstance(body, CompletionRequest) and body.echo
+    prepared = await service.prepare_request(model, body.prompts, body.candidates, grammar, tools)
     record.model = model  # only now, so that no client fills the metrics with labels
     if prepared.lora is not None and prepared.lora.tokenizer is not None:
         spell = lru_cache(TOKEN_TEXT_CACHE)(partial(token_text, prepared.lora.tokenizer))
     max_tokens = service.max_new_tokens(prepared.prompts, body.requested_tokens)
-    num_logprobs = 0 if body.num_top_logprobs is None else count * max_tokens * (1 + body.num_top_logprobs)
+    num_logprobs = 0
+    if body.num_top_logprobs is not None:
+        prompt_tokens = body.candidates * sum(map(len, prepared.prompts)) if echo else 0
+        num_logprobs = (count * max_tokens + prompt_tokens) * (1 + body.num_top_logprobs)
     if num_logprobs > MAX_LOGPROBS:
         field = "top_logprobs" if isinstance(body, ChatRequest) else "logprobs"
+        outputs = f"{format_count(count, 'output')} of up to {format_count(max_tokens, 'token')}"
         raise RequestError(
-            f"{field}: {format_count(count, 'output')} of up to {format_count(max_tokens, 'token')}, with "
+            f"{field}: {outputs}{' after their prompts' if echo else ''}, with "
             f"{body.num_top_logprobs} alternatives for each token, have {num_logprobs:,} "
             f"log-probabilities; the limit of this server is {MAX_LOGPROBS:,}. Lower {field}, n "
             "or max_tokens.",
             field,
         )
+    sampling = body.sampling(max_tokens)
+    check_token_ids(
+        service,
+        prepared.lora,
+        logit_bias=sampling.logit_bias,
+        stop_token_ids=sampling.stop_token_ids,
+    )
+    echoed = await echo_all(service, body.prompts, prepared) if echo else []
     request = record.request = service.submit(
         prepared,
-        body.sampling(max_tokens),
+        sampling,
         started=record.started,
-        n=body.n,
+        n=body.candidates,
         top_logprobs=body.num_top_logprobs,
+        score_prompt=echo and body.num_top_logprobs is not None,
+        prompt_only=max_tokens == 0,
+        ranked=body.candidates > body.n,
     )
-    readers = [OutputReader(sequence) for sequence in request.sequences]
-    if tools is not None and prepared.call_format is not None:
-        call_format = prepared.call_format
-        readers = [CallReader(sequence, tools=tools, call_format=call_format) for sequence in request.sequences]
     fields = ResponseFields(
         id=f"{endpoint.id_prefix}{record.id}",
         created=int(time.time()),
@@ -109,17 +123,21 @@ async def generate(
     headers = {}
     if choice is not None:
         fields.routing, headers[ADAPTER_HEADER] = choice, quote(model)
+
+    def readers() -> list[OutputReader]:
+        chosen = _choose_best(request.sequences, body.candidates, body.n)
+        if tools is not None and prepared.call_format is not None:
+            call_format = prepared.call_format
+            return [CallReader(sequence, tools=tools, call_format=call_format) for sequence in chosen]
+        return [
+            OutputReader(sequence, echoed[number // body.n] if echo else None)
+            for number, sequence in enumerate(chosen)
+        ]
+
     if body.stream:
-        events = _server_sent_events(
-            service,
-            endpoint,
-            spell,
-            request,
-            readers,
-            fields,
-            http_request,
-            (body.stream_options or StreamOptions()).include_usage,
-        )
+        stream = endpoint.stream or partial(_server_sent_events, endpoint)
+        options = body.stream_options or StreamOptions()
+        events = stream(service, spell, request, readers(), fields, http_request, options)
         return _EventStream(events, service, request, headers)
     if not await _wait_for(service, request, http_request):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -127,8 +145,8 @@ async def generate(
         raise request.error
 
     def to_json() -> str:
-        fields.usage = _usage(record)
-        outputs = _next_deltas(readers)
+        fields.usage = usage_of(record)
+        outputs = next_deltas(readers())
         return endpoint.response(fields, outputs, spell).model_dump_json()
 
     # Many log-probabilities take long to format, which would hold up other connections.
@@ -136,7 +154,18 @@ async def generate(
     return Response(body_json, media_type="application/json", headers=headers)
 
 
-def _next_deltas(readers: Sequence[OutputReader]) -> dict[int, OutputDelta]:
+def _choose_best(sequences: list[Sequence], candidates: int, n: int) -> list[Sequence]:
+    """Return of the candidates of each prompt the `n` with the highest mean log-probability."""
+    if candidates == n:
+        return sequences
+    chosen: list[Sequence] = []
+    for start in range(0, len(sequences), candidates):
+        best_first = sorted(sequences[start : start + candidates], key=lambda each: -each.mean_logprob)
+        chosen += best_first[:n]
+    return chosen
+
+
+def next_deltas(readers: list[OutputReader]) -> dict[int, OutputDelta]:
     deltas = {index: reader.next_delta() for index, reader in enumerate(readers)}
     return {index: delta for index, delta in deltas.items() if delta is not None}
 
@@ -164,37 +193,43 @@ async def _wait_for(service: ModelService, request: Request, http_request: HTTPR
 
 
 async def _server_sent_events(
-    service: ModelService,
     endpoint: EndpointFormat,
+    service: ModelService,
     spell: TokenSpeller,
     request: Request,
-    readers: Sequence[OutputReader],
+    readers: list[OutputReader],
     fields: ResponseFields,
     http_request: HTTPRequest,
-    include_usage: bool,
+    options: StreamOptions,
 ) -> AsyncIterator[str]:
     """Yield an event for each delta, then the usage if it is wanted, then [DONE]."""
+    record: RequestRecord = http_request.state.record
+
+    to_chunk = endpoint.chunk
+    assert to_chunk is not None
 
     def event(outputs: dict[int, OutputDelta]) -> str:
-        chunk = endpoint.chunk(fields, outputs, spell)
+        chunk = to_chunk(fields, outputs, spell)
         fields.routing = None  # in the first chunk alone
         return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
 
-    if include_usage:
+    if options.include_usage:
         fields.usage = None  # in every chunk but the last
     try:
         async with aclosing(service.watch(request)) as updates:
             async for _ in updates:
                 if request.error is not None:
                     raise request.error
-                for index, delta in _next_deltas(readers).items():
+                for index, delta in next_deltas(readers).items():
+                    if options.continuous_usage_stats:
+                        fields.usage = usage_of(record)
                     yield event({index: delta})
     except Exception as error:
         failure = await lora_tuner_error(service, http_request, error)
         yield f"data: {bytes(failure.body).decode()}\n\n"
         return
-    if include_usage:
-        fields.usage = _usage(http_request.state.record)
+    if options.include_usage:
+        fields.usage = usage_of(record)
         yield event({})
     yield "data: [DONE]\n\n"
 
@@ -223,7 +258,7 @@ class _EventStream(StreamingResponse):
             self.cancel()
 
 
-def _usage(record: RequestRecord) -> Usage:
+def usage_of(record: RequestRecord) -> Usage:
     return Usage(
         prompt_tokens=record.prompt_tokens,
         completion_tokens=record.new_tokens,

@@ -27,6 +27,7 @@ MAX_BODY = 1_000_000  # bytes
 MAX_PAGE_BODY = 200_000
 MAX_SECONDS = 30.0  # for a whole body; of a file, for the next part of it
 UPLOAD_PATH = re.compile("/uploads/(?P<adapter>adapter/)?(?P<id>[^/]+)/(?P<name>[^/]+)")
+_OTHER_API_PATHS = ("/tokenize", "/detokenize", "/metrics", "/openapi.json", "/health")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _CLOSE = {"Connection": "close"}  # the rest of the request stays unread
 
@@ -41,7 +42,7 @@ def is_loopback(host: str) -> bool:
 
 def is_api_path(path: str) -> bool:
     """Return True for a path of the API; all others belong to the playground."""
-    return path.startswith("/v1/") or path in ("/metrics", "/openapi.json", "/health")
+    return path.startswith("/v1/") or path in _OTHER_API_PATHS
 
 
 def _check_host(settings: ServerConfig, headers: Headers) -> Response | None:

@@ -13,16 +13,12 @@ Neutral = Mapping[str, tuple[object, ...] | None]
 REQUEST: Neutral = {
     # OpenAI
     "audio": (),
-    "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
     "logprobs": (False,),
     "metadata": None,
     "modalities": (["text"],),
     "prediction": (),
-    "presence_penalty": (0,),
     "prompt_cache_key": None,
     "prompt_cache_retention": None,
     "reasoning_effort": ("none",),
@@ -43,13 +39,9 @@ REQUEST: Neutral = {
     "documents": ([],),
     "early_stopping": (False,),
     "guided_decoding_backend": None,
-    "ignore_eos": (False,),
     "include_reasoning": None,
-    "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "logits_processors": ([],),
-    "min_p": (0,),
-    "min_tokens": (0,),
     "mm_processor_kwargs": ({},),
     "priority": (0,),
     "prompt_logprobs": (),
@@ -58,7 +50,6 @@ REQUEST: Neutral = {
     "session_id": None,
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": None,
-    "stop_token_ids": ([],),
     "top_k": (-1,),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
@@ -109,10 +100,47 @@ CHAT: Neutral = {
     **REQUEST,
     "add_generation_prompt": (True,),
     "add_special_tokens": (False,),  # the template writes them
+    "echo": (False,),
     "max_completion_tokens": (-1,),
     "max_tokens": (-1,),  # as many as fit, which is the default
 }
-STREAM_OPTIONS: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
+TOKENIZE: Neutral = {
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "mm_processor_kwargs": ({},),
+    "tools": ([],),
+}
+RESPONSES: Neutral = {
+    "background": (False,),
+    "context_management": ([],),
+    "conversation": (),
+    "frequency_penalty": (0,),
+    "include": ([],),
+    "max_tool_calls": None,
+    "parallel_tool_calls": None,
+    "presence_penalty": (0,),
+    "previous_response_id": (),
+    "prompt": (),
+    "prompt_cache_key": None,
+    "prompt_cache_options": None,
+    "prompt_cache_retention": None,
+    "reasoning": ({}, {"effort": None}, {"effort": "none"}, {"effort": None, "summary": None}),
+    "safety_identifier": None,
+    "service_tier": ("auto", "default"),
+    "store": None,
+    "stream_options": ({}, {"include_obfuscation": False}),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "truncation": ("disabled",),
+}
+INPUT_MESSAGE: Neutral = {"id": None, "phase": None, "status": None}  # as they came in an output
+INPUT_PART: Neutral = {"annotations": ([],), "logprobs": ([],)}
+TEXT_SETTINGS: Neutral = {"verbosity": ("medium",)}
+LOAD_ADAPTER: Neutral = {"base_model_name": (), "load_inplace": None}  # changed files are read again
+UNLOAD_ADAPTER: Neutral = {"lora_int_id": None}
+STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,)}
 MESSAGE: Neutral = {  # as clients send back what some server answered
     "annotations": ([],),
     "audio": (),
@@ -144,7 +172,16 @@ STRUCTURED_OUTPUTS: Neutral = {
     "structural_tag": (),
     "whitespace_pattern": (),
 }
-NESTED: Neutral = {**STREAM_OPTIONS, **STRUCTURED_OUTPUTS, **CONTENT_PART, **TOOL_CALL, **MESSAGE}
+NESTED: Neutral = {
+    **STREAM_OPTIONS,
+    **STRUCTURED_OUTPUTS,
+    **CONTENT_PART,
+    **TOOL_CALL,
+    **MESSAGE,
+    **INPUT_MESSAGE,
+    **INPUT_PART,
+    **TEXT_SETTINGS,
+}
 
 
 def is_neutral(fields: Neutral, name: str, value: object) -> bool:

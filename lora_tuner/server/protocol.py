@@ -4,9 +4,10 @@ As there, null stands for an omitted field. Values that would change the output 
 server does not support are rejected by name; `neutral` has those that change nothing.
 """
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Discriminator, Field, Tag, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from ..adapters.manifest import EvalResult
@@ -18,6 +19,7 @@ from ..config import (
     SamplingParams,
 )
 from ..data.chat import FullMessage
+from ..errors import RequestError
 from . import neutral
 from .fields import (
     OBJECT,
@@ -33,10 +35,22 @@ from .fields import (
 )
 from .forms import Choice, NamedTool, RequestToolCall, ResponseFormat, SchemaOrText, StructuredOutputs, Tool
 
+
+def _token_bias(value: dict[str, float]) -> dict[str, float]:
+    for key, bias in value.items():
+        if not _TOKEN_KEY.fullmatch(key) or not -100 <= bias <= 100:
+            text = 'give token ids with a value from -100 to 100, such as {"42": -100}'
+            raise PydanticCustomError("logit_bias", text)
+    return value
+
+
+_TOKEN_KEY = re.compile("0|[1-9][0-9]{0,8}")
+MAX_BIASED_TOKENS = 1024
 MAX_STOPS = 64  # OpenAI's limit is 4, but tools for local models send more
 Stop = Annotated[Text, Field(max_length=MAX_SETTING_CHARS)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0, le=MAX_COUNT)]], Field(min_length=1, fail_fast=True)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Tokens = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
 
 def _alternative(value: object) -> str:
@@ -49,23 +63,36 @@ def _alternative(value: object) -> str:
 
 
 class StreamOptions(RequestModel):
+    """Usage in the last chunk; with `continuous_usage_stats`, which is vLLM's, in each."""
+
     neutral_values = neutral.STREAM_OPTIONS
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 _PLAIN_TEXT = ResponseFormat(type="text")
 
 
 class _GenerationRequest(RequestModel):
-    """Fields that both endpoints share. `top_k` and `repetition_penalty` have the names of vLLM."""
+    """Fields that both endpoints share, those of vLLM after `logit_bias`."""
 
     model: Name
     n: int = Field(1, ge=1, le=128)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: (
+        Annotated[dict[str, float], Field(max_length=MAX_BIASED_TOKENS), AfterValidator(_token_bias)] | None
+    ) = None
     top_k: int = Field(0, ge=0, le=MAX_COUNT)
     repetition_penalty: float = Field(1.0, ge=MIN_REPETITION_PENALTY, le=10)
+    min_p: float = Field(0.0, ge=0, le=1)
+    min_tokens: int = Field(0, ge=0, le=MAX_COUNT)
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: (
         Annotated[
@@ -103,17 +130,34 @@ class _GenerationRequest(RequestModel):
             raise PydanticCustomError("contradiction", f"only allowed with {flag}: true")
         return value
 
+    @property
+    def candidates(self) -> int:
+        """The number of outputs that are generated for each prompt."""
+        return self.n
+
     def sampling(self, max_tokens: int) -> SamplingParams:
+        """Return the settings of a request. Raises RequestError if min_tokens is more than max_tokens."""
+        if self.min_tokens > max_tokens:
+            text = f"min_tokens is {self.min_tokens:,}: more than max_tokens, which is {max_tokens:,}."
+            raise RequestError(text, "min_tokens")
         seed = None if self.seed is None or self.temperature < MIN_TEMPERATURE else self.seed % 2**63
         stop = self.stop if isinstance(self.stop, list) else [self.stop]
         return SamplingParams(
-            max_new_tokens=max_tokens,
+            max_new_tokens=max(max_tokens, 1),
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
             repetition_penalty=self.repetition_penalty,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
             seed=seed,
             stop=[text for text in stop if text],
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
+            min_new_tokens=self.min_tokens,
+            stop_token_ids=self.stop_token_ids or [],
+            ignore_eos=self.ignore_eos,
+            include_stop_str_in_output=self.include_stop_str_in_output,
         )
 
 
@@ -127,16 +171,31 @@ class CompletionRequest(_GenerationRequest):
         | Annotated[list[Tokens], Field(min_length=1, fail_fast=True), Tag(TOKEN_LISTS)],
         Discriminator(_alternative),
     ] = Field(description="Text, token ids, or a list of either.")
-    max_tokens: Count = 16
+    echo: bool = False
+    max_tokens: int = Field(16, ge=0, le=MAX_COUNT)
     logprobs: int | None = Field(None, ge=0, le=5)
     best_of: int | None = Field(None, ge=1, le=128)
 
+    @field_validator("max_tokens")
+    @classmethod
+    def _has_output(cls, value: int, info: ValidationInfo) -> int:
+        if not (value or info.data.get("echo")):
+            raise PydanticCustomError("contradiction", "0 leaves nothing to answer without echo: true")
+        return value
+
     @field_validator("best_of")
     @classmethod
-    def _equals_n(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value != info.data.get("n"):
-            raise PydanticCustomError("contradiction", "must equal n: all n outputs are returned")
+    def _at_least_n(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and value < info.data.get("n", 1):
+            raise PydanticCustomError("contradiction", "must be at least n")
+        if value is not None and value > info.data.get("n", value) and info.data.get("stream"):
+            text = "outputs that are chosen at the end cannot be streamed: leave out best_of or stream"
+            raise PydanticCustomError("contradiction", text)
         return value
+
+    @property
+    def candidates(self) -> int:
+        return self.best_of or self.n
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -208,10 +267,13 @@ class RequestMessage(RequestModel):
         return message | ({"tool_call_id": self.tool_call_id} if self.tool_call_id else {})
 
 
+MessageList = Annotated[list[RequestMessage], Field(min_length=1, fail_fast=True)]
+
+
 class ChatRequest(_GenerationRequest):
     neutral_values = neutral.CHAT
 
-    messages: Annotated[list[RequestMessage], Field(min_length=1, fail_fast=True)]
+    messages: MessageList
     max_tokens: Count | None = Field(None, description="Default: as many as fit in the context.")
     max_completion_tokens: Count | None = None
     logprobs: bool = False
@@ -264,6 +326,21 @@ class ChatRequest(_GenerationRequest):
     def num_top_logprobs(self) -> int | None:
         """The number of alternatives for each token; None without log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class LoadAdapterRequest(RequestModel):
+    """The body of vLLM. An adapter has the name that it has in the library."""
+
+    neutral_values = neutral.LOAD_ADAPTER
+
+    lora_name: Name
+    lora_path: Text | None = Field(None, description="The name again, or the path in the library.")
+
+
+class UnloadAdapterRequest(RequestModel):
+    neutral_values = neutral.UNLOAD_ADAPTER
+
+    lora_name: Name
 
 
 class AdapterInfo(BaseModel):

@@ -8,14 +8,16 @@ tokens of one character share its text offset.
 """
 
 import secrets
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pydantic import BaseModel, Field
+from transformers import PreTrainedTokenizerBase
 
 from ..data.call_format import ToolCall
 from ..inference import sequence
+from ..inference.detokenizer import IncrementalDetokenizer
 from ..inference.detokenizer import token_text as token_text
 from ..inference.routing import Choice
 from ..inference.sequence import TokenLogprobs
@@ -35,11 +37,14 @@ class Usage(BaseModel):
 
 
 class Logprobs(BaseModel):
-    """One entry for each token. `text_offset` is where the token begins in the output text."""
+    """One entry for each token. `text_offset` is where the token begins in the text.
+
+    Null for the first token of a prompt, which nothing comes before.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -143,21 +148,48 @@ class ChatCompletionChunk(ResponseFields):
 
 
 @dataclass(frozen=True)
+class EchoedPrompt:
+    """Text of a prompt, and where each of its tokens begins in it."""
+
+    text: str
+    token_ids: list[int]
+    offsets: list[int]
+
+    @classmethod
+    def of_tokens(
+        cls, tokenizer: PreTrainedTokenizerBase, token_ids: list[int], text: str | None
+    ) -> "EchoedPrompt":
+        """Decode a prompt; `text` if that is known, which the tokenizer may spell otherwise."""
+        detokenizer, offsets = IncrementalDetokenizer(tokenizer, []), []
+        for token in token_ids:
+            offsets.append(len(detokenizer.text))
+            detokenizer.append(token)
+        detokenizer.finish()
+        text = detokenizer.text if text is None else text
+        return cls(text, token_ids, [min(offset, len(text)) for offset in offsets])
+
+
+@dataclass(frozen=True)
 class OutputDelta:
-    """New output of a sequence. `logprobs` is None where the request asked for none."""
+    """New output of a sequence. `logprobs` is None where the request asked for none.
+
+    `echo` is the prompt before the first output, if it was asked for.
+    """
 
     text: str
     logprobs: list[TokenLogprobs] | None
     finish_reason: FinishReason | None
     first: bool
     tool_calls: Sequence[ToolCall] = ()
+    echo: EchoedPrompt | None = None
 
 
 @dataclass
 class OutputReader:
-    """Reads a sequence piece by piece."""
+    """Reads a sequence piece by piece; after its prompt, if that is to be echoed."""
 
     sequence: sequence.Sequence
+    echo: EchoedPrompt | None = None
     characters: int = 0  # read so far
     tokens: int = 0
     ended: bool = False
@@ -181,16 +213,38 @@ class OutputReader:
             return None
         first, self.ended = self.characters == self.tokens == 0, complete
         self.characters, self.tokens = len(settled), self.tokens + len(logprobs or ())
-        return OutputDelta(text, logprobs, self.sequence.finish_reason if complete else None, first)
+        if self.echo is not None:
+            if logprobs is not None:
+                logprobs = self._after_prompt(self.echo, logprobs, first)
+            text = self.echo.text + text if first else text
+        reason = self.sequence.finish_reason if complete else None
+        return OutputDelta(text, logprobs, reason, first, echo=self.echo if first else None)
+
+    def _after_prompt(
+        self, echo: EchoedPrompt, logprobs: list[TokenLogprobs], first: bool
+    ) -> list[TokenLogprobs]:
+        """Return log-probabilities with offsets in prompt and output; the first ones after those of
+        the prompt."""
+        start = len(echo.text)
+        scored = [replace(token, text_offset=start + token.text_offset) for token in logprobs]
+        if not first:
+            return scored
+        prompt = zip(self.sequence.prompt_logprobs, echo.offsets[1:], strict=True)
+        return [*(replace(token, text_offset=offset) for token, offset in prompt), *scored]
 
 
 @dataclass(frozen=True)
 class EndpointFormat:
-    """Formats outputs by their index: all as one response, or some as a chunk of a stream."""
+    """Formats outputs by their index: all as one response, or some as a chunk of a stream.
+
+    `stream` makes the events where they are no chunks; its arguments are those of the generator
+    that `generate` has for chunks.
+    """
 
     id_prefix: str
     response: Callable[[ResponseFields, dict[int, OutputDelta], TokenSpeller], BaseModel]
-    chunk: Callable[[ResponseFields, dict[int, OutputDelta], TokenSpeller], BaseModel]
+    chunk: Callable[[ResponseFields, dict[int, OutputDelta], TokenSpeller], BaseModel] | None = None
+    stream: Callable[..., AsyncIterator[str]] | None = None
 
 
 def _completion(fields: ResponseFields, outputs: dict[int, OutputDelta], spell: TokenSpeller) -> Completion:
@@ -209,18 +263,24 @@ def _completion(fields: ResponseFields, outputs: dict[int, OutputDelta], spell: 
 def _logprobs(output: OutputDelta, spell: TokenSpeller) -> Logprobs | None:
     if output.logprobs is None:
         return None
-    top_logprobs: list[dict[str, float]] = []
+    top_logprobs: list[dict[str, float] | None] = []
     for token in output.logprobs:
         by_text: dict[str, float] = {}
         for alternative, logprob in [*token.top, (token.token, token.logprob)]:
             by_text.setdefault(spell(alternative)[0], max(logprob, MIN_LOGPROB))
         top_logprobs.append(by_text)
-    return Logprobs(
+    logprobs = Logprobs(
         tokens=[spell(token.token)[0] for token in output.logprobs],
         token_logprobs=[max(token.logprob, MIN_LOGPROB) for token in output.logprobs],
         top_logprobs=top_logprobs,
         text_offset=[token.text_offset for token in output.logprobs],
     )
+    if output.echo is not None:
+        logprobs.tokens.insert(0, spell(output.echo.token_ids[0])[0])
+        logprobs.token_logprobs.insert(0, None)
+        logprobs.top_logprobs.insert(0, None)
+        logprobs.text_offset.insert(0, 0)
+    return logprobs
 
 
 def _chat_completion(

@@ -1,4 +1,4 @@
-"""The routes of the API: models, completions, chat completions, health and metrics.
+"""The routes of the API: models, generation, token ids, adapters in memory, health and metrics.
 
 A broken adapter is reported as a model that was not found (404, with the reason), so that clients
 do not retry.
@@ -6,6 +6,7 @@ do not retry.
 
 import datetime
 import json
+import os
 from collections.abc import Callable, Coroutine, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -28,16 +29,34 @@ from ..adapters.adapter import Adapter
 from ..adapters.manifest import why_never_chosen
 from ..config import AUTO_MODEL
 from ..data.readers import unique_keys
-from ..errors import LoraTunerError
+from ..errors import LoraTunerError, RequestError, UnknownModelError
 from ..text import display_name
 from .auto import AutoModel
 from .error_responses import ErrorResponse, error_response, http_error, validation_error
 from .generate import TOKEN_TEXT_CACHE, generate, lora_tuner_error
 from .metrics import Metrics, RequestLog
 from .middleware import CrossOriginMiddleware, SecurityMiddleware
-from .protocol import AdapterInfo, ChatRequest, CompletionRequest, Health, ModelCard, ModelList
+from .protocol import (
+    AdapterInfo,
+    ChatRequest,
+    CompletionRequest,
+    Health,
+    LoadAdapterRequest,
+    ModelCard,
+    ModelList,
+    UnloadAdapterRequest,
+)
 from .responses import CHAT, COMPLETION, ChatCompletion, Completion, token_text
+from .responses_endpoint import ResponsesRequest, ResponsesResponse, create_response
 from .service import ModelService, ServedModel
+from .tokenize import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+    detokenize,
+    tokenize,
+)
 
 
 def create_app(service: ModelService) -> FastAPI:
@@ -120,6 +139,42 @@ def create_app(service: ModelService) -> FastAPI:
         http_request.state.record.prompts = body.prompts[0]
         return await generate(service, CHAT, spell, body, http_request)
 
+    @event_stream("/v1/responses", response_model=ResponsesResponse)
+    async def responses(body: ResponsesRequest, http_request: HTTPRequest) -> Response:
+        """Answer a text or a conversation, if the base has a chat template."""
+        http_request.state.record.prompts = body.chat().prompts[0]
+        return await create_response(service, spell, body, http_request)
+
+    @routes.post("/tokenize")
+    async def tokenize_prompt(body: TokenizeRequest) -> TokenizeResponse:
+        """Return the token ids of a text or a conversation."""
+        return await tokenize(service, body)
+
+    @routes.post("/detokenize")
+    async def detokenize_tokens(body: DetokenizeRequest) -> DetokenizeResponse:
+        """Return the text of token ids."""
+        return await detokenize(service, body)
+
+    @routes.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
+    async def load_lora_adapter(body: LoadAdapterRequest) -> str:
+        """Load an adapter of the library into memory before it is asked for."""
+        await service.run_in_thread("list", partial(_check_adapter, service, body))
+        await service.find_adapter(body.lora_name)
+        return f"The adapter {body.lora_name} is in memory."
+
+    @routes.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
+    async def unload_lora_adapter(body: UnloadAdapterRequest) -> str:
+        """Drop an adapter from memory. The next request for it loads it again."""
+        if body.lora_name not in service.generator.loaded_adapters:
+            raise UnknownModelError(f"The adapter '{body.lora_name}' is not in memory.")
+        await service.run_in_thread("load", partial(service.generator.unload, body.lora_name))
+        return f"The adapter {body.lora_name} is no longer in memory."
+
+    @routes.post("/v1/embeddings", include_in_schema=False)
+    async def embeddings() -> Response:
+        text = "This server generates text: its models give no embeddings. Ask a server of an embedding model."
+        return error_response(400, text, code="unsupported_endpoint")
+
     app.include_router(routes)
     app.mount("/v1", partial(_not_found, routes.routes))  # else the playground at / would answer
     return app
@@ -153,6 +208,16 @@ async def _not_found(routes: Sequence[BaseRoute], scope: Scope, receive: Receive
     matches = [route for route in routes if route.matches(full_scope)[0] is Match.PARTIAL]
     methods = sorted({method for route in matches for method in getattr(route, "methods", ())})
     raise (HTTPException(405, headers={"Allow": ", ".join(methods)}) if methods else HTTPException(404))
+
+
+def _check_adapter(service: ModelService, body: LoadAdapterRequest) -> None:
+    """Raise RequestError for anything but an adapter of the library; its path is only compared."""
+    name, path = body.lora_name, service.get_model(body.lora_name).path
+    if path is None:
+        raise RequestError(f"lora_name: {name} is the base, which is always in memory.", "lora_name")
+    if body.lora_path not in (None, name) and os.path.abspath(body.lora_path) != os.path.abspath(path):
+        problem = f"only adapters of this server's library can be loaded: leave it out, or send {name}"
+        raise RequestError(f"lora_path: {problem}.", "lora_path")
 
 
 def _model_card(service: ModelService, model: ServedModel) -> ModelCard:

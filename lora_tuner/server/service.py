@@ -7,12 +7,13 @@ one base; those trained on another are listed with the reason why they cannot be
 """
 
 import asyncio
+import contextlib
 import copy
 import json
 import os
 import re
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +28,7 @@ from ..adapters.library import read_consistently
 from ..config import AUTO_MODEL, RESERVED_NAME, SamplingParams, ServerConfig
 from ..data.call_format import CallFormat, learn_call_format
 from ..data.chat import FullMessage, iter_texts
-from ..data.chat_template import special_tokens
+from ..data.chat_template import render_prompt, special_tokens
 from ..errors import (
     AdapterError,
     ContextLengthError,
@@ -228,14 +229,19 @@ class ModelService:
         raises.
         """
         size = sum(map(_prompt_size, prompts)) + sum(map(len, iter_texts(tools.for_template() if tools else [])))
-        work: Work = "encode" if size <= SHORT_PROMPT else "encode-long"
 
-        def encode_prompts() -> list[list[int]]:
-            tokenizer = self._tokenizer_copy(work, lora)
+        def encode_prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
             vocab_size = lora.vocab_size if lora else 0
             return [self.encode(prompt, tokenizer, vocab_size, tools) for prompt in prompts]
 
-        return await self.run_in_thread(work, encode_prompts)
+        return await self.run_with_tokenizer(size, lora, encode_prompts)
+
+    async def run_with_tokenizer(
+        self, size: int, lora: LoadedAdapter | None, function: Callable[[PreTrainedTokenizerBase], T]
+    ) -> T:
+        """Call a function with an adapter's tokenizer, in the thread for so many characters or tokens."""
+        work: Work = "encode" if size <= SHORT_PROMPT else "encode-long"
+        return await self.run_in_thread(work, lambda: function(self._tokenizer_copy(work, lora)))
 
     def _tokenizer_copy(self, work: Work, lora: LoadedAdapter | None) -> PreTrainedTokenizerBase:
         """Return the tokenizer for a thread alone, as tokenizers are not thread-safe."""
@@ -262,20 +268,34 @@ class ModelService:
         if isinstance(prompt, str):
             return self.generator.encode_prompt(prompt, tokenizer, vocab_size).token_ids
         if isinstance(prompt, tuple):
-            if not tokenizer.chat_template:
-                raise GenerationError(f"{self.name} has no chat template: use the completions endpoint instead.")
-            messages = prompt
-            try:
-                template_tools = tools.for_template() if tools else None
-                prompt = self.generator.encode_prompt(messages, tokenizer, vocab_size, template_tools).token_ids
-            except DataError as error:
-                field = _find_special_token(messages, tools, tokenizer)
-                text = str(error).replace("A message", field).replace("this base", self.name)
-                raise RequestError(text, field) from error
+            template_tools = tools.for_template() if tools else None
+            with self._field_of_error(prompt, tools, tokenizer):
+                prompt = self.generator.encode_prompt(prompt, tokenizer, vocab_size, template_tools).token_ids
         count = vocab_size or self.base.vocab_size
         if not prompt or not all(0 <= token < count for token in prompt):
             raise GenerationError(f"prompt: give at least one token id, each from 0 to {count - 1:,}.")
         return self.generator.check_fits_context(prompt, vocab_size)
+
+    def render(
+        self, messages: tuple[FullMessage, ...], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool
+    ) -> str:
+        """Return a conversation as the model reads it. Raises what `encode` raises, but for lengths."""
+        with self._field_of_error(messages, None, tokenizer):
+            return render_prompt(tokenizer, messages, add_generation_prompt=add_generation_prompt)
+
+    @contextlib.contextmanager
+    def _field_of_error(
+        self, messages: tuple[FullMessage, ...], tools: ToolUse | None, tokenizer: PreTrainedTokenizerBase
+    ) -> Iterator[None]:
+        """Name the field of a conversation that the chat template cannot take."""
+        if not tokenizer.chat_template:
+            raise GenerationError(f"{self.name} has no chat template: use the completions endpoint instead.")
+        try:
+            yield
+        except DataError as error:
+            field = _find_special_token(messages, tools, tokenizer)
+            text = str(error).replace("A message", field).replace("this base", self.name)
+            raise RequestError(text, field) from error
 
     def hide_paths(self, text: str) -> str:
         """Remove the folders of this machine from a message."""
@@ -349,11 +369,14 @@ class ModelService:
         started: float,
         n: int = 1,
         top_logprobs: int | None = None,
+        score_prompt: bool = False,
+        prompt_only: bool = False,
+        ranked: bool = False,
     ) -> Request:
         """Queue `n` sequences for each prompt, in the order of the prompts.
 
-        `started` is when the request arrived, for its timeout. Raises what `Scheduler.submit`
-        raises.
+        `started` is when the request arrived, for its timeout; what follows `n` are fields of the
+        sequences. Raises what `Scheduler.submit` raises.
         """
         seed = choose_seed(sampling)
         sequences = [
@@ -366,6 +389,9 @@ class ModelService:
                 prepared.lora,
                 top_logprobs=top_logprobs,
                 constraint=prepared.constraint and prepared.constraint.copy(),
+                score_prompt=score_prompt,
+                prompt_only=prompt_only,
+                ranked=ranked,
             )
             for ids in prepared.prompts
             for number in range(n)

@@ -227,10 +227,10 @@ CONTRADICTIONS = [
     ("train --resume x --json --plan", "--resume reuses the run's saved settings"),
     ("generate x --greedy --seed 1", "greedy does not sample: leave seed out"),
     ("generate x --temperature 0 --seed 1", "greedy does not sample: leave seed out"),
-    ("generate x --greedy --top-k 5", "greedy does not sample: leave temperature, top_p and top_k out"),
+    ("generate x --greedy --top-k 5", "greedy does not sample: leave temperature, top_p, top_k and min_p out"),
     (
         "generate x --top-p 0.95 --top-k 50 --greedy",
-        "greedy does not sample: leave temperature, top_p and top_k out",
+        "greedy does not sample: leave temperature, top_p, top_k and min_p out",
     ),
     ("generate x --adapters-dir adapters", "--adapters-dir needs an adapter: name one with --adapter."),
     ("train --shuffle-buffer 10000", "shuffle_buffer needs streaming: give both or none"),

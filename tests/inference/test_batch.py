@@ -104,6 +104,35 @@ def test_chunked_prefill_does_not_delay_decoding(generator, monkeypatch):
     assert (short.detokenizer.text, slow.detokenizer.text) == (expected["so"], expected[long])
 
 
+def test_sampling_settings_change_their_row_alone(generator):
+    """Tokens and log-probabilities of the row beside it are the same, bit for bit."""
+
+    def neighbour(**settings):
+        sampling = SamplingParams(max_new_tokens=12, greedy=True, ignore_eos=True, **settings)
+        rows = [
+            Sequence(
+                generator.base, generator.encode_prompt("the actor").token_ids, each, 5, *lora, top_logprobs=3
+            )
+            for each, lora in (
+                (SamplingParams(max_new_tokens=12, ignore_eos=True), generator.get_or_load("one")),
+                (sampling, generator.get_or_load("two")),
+            )
+        ]
+        generator.engine.add(rows)
+        run_to_end(generator.engine)
+        return rows
+
+    plain, other = neighbour()
+    for settings in (
+        {"presence_penalty": 2.0, "frequency_penalty": 2.0},
+        {"logit_bias": {other.output_ids[0]: -100.0}},
+        {"min_new_tokens": 12, "repetition_penalty": 3.0},
+    ):
+        beside, changed = neighbour(**settings)
+        assert changed.output_ids != other.output_ids
+        assert (beside.output_ids, beside.logprobs) == (plain.output_ids, plain.logprobs)
+
+
 def test_nonfinite_adapter_fails_only_its_sequence(generator):
     """Its NaN values in the cache must not reach later sequences."""
     engine = generator.engine

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lora_tuner import SamplingParams
 from lora_tuner.inference import sampling as inference_sampling
@@ -112,6 +112,49 @@ def test_top_k_top_p_match_transformers(top_k, top_p, first, monkeypatch):
     torch.testing.assert_close(
         inference_sampling.TopKTopPWarper(top_k, top_p)(None, scores), expected, atol=0, rtol=0
     )
+
+
+@pytest.mark.parametrize("min_p", [1e-6, 0.05, 0.5, 1.0])
+def test_min_p_matches_transformers(min_p):
+    scores = torch.randn(4, 300, generator=torch.Generator().manual_seed(3)) * 3
+    expected = MinPLogitsWarper(min_p)(None, scores)
+    torch.testing.assert_close(inference_sampling.MinPWarper(min_p)(None, scores), expected, atol=0, rtol=0)
+
+
+def processed(settings, token_ids, prompt_length=0, end_token_ids=()):
+    """Return what greedy decoding makes of `LOGITS`."""
+    sampling = SamplingParams(greedy=True, **settings)
+    processors = inference_sampling.make_logits_processors(sampling, None, prompt_length, end_token_ids)
+    return processors(torch.tensor([token_ids]), torch.tensor([LOGITS]))[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes"),
+    [
+        ({"presence_penalty": 0.5}, {3: -0.5, 5: -0.5}),
+        ({"frequency_penalty": -0.5}, {3: 1.0, 5: 0.5}),
+        ({"presence_penalty": 1.0, "frequency_penalty": 0.25}, {3: -1.5, 5: -1.25}),
+        ({"logit_bias": {0: -100.0, 6: 2.5}}, {0: -100.0, 6: 2.5}),
+        # As in vLLM the bias comes before the penalties: (1.9 + 2.1) / 2 - 0.5.
+        (
+            {"logit_bias": {3: 2.1}, "repetition_penalty": 2.0, "presence_penalty": 0.5},
+            {3: -0.4, 5: -1.0, 0: -1.0},
+        ),
+    ],
+)
+def test_bias_and_penalties_of_output(settings, changes):
+    """Of the tokens 0, 0 | 3, 5, 3 the first two are the prompt."""
+    expected = [logit + changes.get(token, 0) for token, logit in enumerate(LOGITS)]
+    assert processed(settings, [0, 0, 3, 5, 3], 2) == pytest.approx(expected)
+    only_prompt = processed({"presence_penalty": 1.0, "frequency_penalty": 1.0}, [0, 0], 2)
+    assert only_prompt == pytest.approx(LOGITS)
+
+
+def test_min_new_tokens_holds_back_ends():
+    settings = {"min_new_tokens": 2, "logit_bias": {4: 100.0}}
+    held = processed(settings, [0, 0, 3], 2, [0, 4])
+    assert [token for token, logit in enumerate(held) if logit == -math.inf] == [0, 4]
+    assert processed(settings, [0, 0, 3, 3], 2, [0, 4]).index(97.0) == 4
 
 
 @pytest.mark.parametrize("temperature", [9e-6, 1e-40, 5e-324])

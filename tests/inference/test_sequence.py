@@ -125,6 +125,29 @@ def test_stop_string_in_flushed_text():
     assert (detokenizer.text, detokenizer.stopped) == ("ab", True)
 
 
+def test_stop_string_is_kept_on_request():
+    for stop, expected in ((["act", "actor"], " one act"), (["or w"], " one actor w")):
+        detokenizer = IncrementalDetokenizer(BYTES, encode("so"), stop, include_stop=True)
+        for token in encode(" one actor works"):
+            detokenizer.append(token)
+            assert expected.startswith(detokenizer.stable_text)
+            if detokenizer.stopped:
+                break
+        assert (detokenizer.stopped, detokenizer.text) == (True, expected)
+
+
+def test_early_stop_string_ends_nothing():
+    tokens = encode(" one actor never an actor")
+    first = next(count for count in range(len(tokens)) if "actor" in BYTES.decode(tokens[:count]))
+    for min_tokens, expected in ((first - 1, " one "), (first, " one actor never an ")):
+        detokenizer = IncrementalDetokenizer(BYTES, encode("so"), ["actor"], min_tokens=min_tokens)
+        for token in tokens:
+            if not detokenizer.stopped:
+                detokenizer.append(token)
+                assert expected.startswith(detokenizer.stable_text)
+        assert (detokenizer.stopped, detokenizer.text) == (True, expected)
+
+
 @pytest.fixture
 def base(gpt2):
     return load_base(find_base(str(gpt2)), ModelOptions(device="cpu"))
@@ -169,6 +192,28 @@ def test_sequence_ends_at_limit_eos_nan(base):
     sequence.append_token(torch.full((320,), float("nan")))
     assert (sequence.done, sequence.complete, sequence.finished) == (True, True, False)
     assert str(sequence.error).startswith("loud produces logits that are not finite")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ([5, 9], True)),
+        ({"ignore_eos": True}, ([5, 9, 0, 7], False)),
+        ({"stop_token_ids": [9]}, ([5], True)),
+        ({"stop_token_ids": [7], "ignore_eos": True}, ([5, 9, 0], True)),
+        ({"min_new_tokens": 3}, ([5, 9, 1, 7], False)),
+        ({"min_new_tokens": 4, "stop_token_ids": [7]}, ([5, 9, 1, 1], False)),
+    ],
+)
+def test_stop_tokens_end_sequence(base, settings, expected):
+    """The likeliest tokens are 5, 9, 0 (the end of text) and 7; the second likeliest is always 1."""
+    sequence = Sequence(base, encode("the"), SamplingParams(max_new_tokens=4, greedy=True, **settings))
+    for token in (5, 9, 0, 7):
+        if not sequence.done:
+            logits = torch.zeros(320)
+            logits[[1, token]] = torch.tensor([1.0, 2.0])
+            sequence.append_token(logits)
+    assert (sequence.output_ids, sequence.finished) == expected
 
 
 def test_generation_config_eos_ends_sequence(gpt2):

@@ -17,6 +17,7 @@ from lora_tuner.server.responses import token_text
 from ..api_server import (
     GREEDY,
     PROMPT,
+    events,
     greedy,
 )
 
@@ -106,6 +107,45 @@ def test_n_outputs_equal_generate_with_seed(client, base, adapters_dir):
     for chunk in client.completions.create(stream=True, **body):
         texts[chunk.choices[0].index] += chunk.choices[0].text
     assert texts == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "sampling"),
+    [
+        ({"presence_penalty": 1.5}, {}),
+        ({"frequency_penalty": 0.7}, {}),
+        ({"logit_bias": {"42": 100, "43": 99.5}}, {"logit_bias": {42: 100.0, 43: 99.5}}),
+        ({"min_p": 0.3, "temperature": 1.0, "seed": 3}, {}),
+        ({"stop_token_ids": [42], "logit_bias": {"42": 3}}, {"logit_bias": {42: 3.0}}),
+        ({"min_tokens": 10, "stop": ["e", "a"]}, {"min_new_tokens": 10}),
+        ({"ignore_eos": True, "logit_bias": {"0": 100}}, {"logit_bias": {0: 100.0}}),
+        ({"include_stop_str_in_output": True, "stop": ["e", "a"]}, {}),
+    ],
+    ids=str,
+)
+def test_sampling_field_equals_generate(served, base, adapters_dir, settings, sampling):
+    body = {"model": "a", **GREEDY, **settings}
+    response = served.post("/v1/completions", **body).json()
+    plain = served.post("/v1/completions", model="a", **GREEDY).json()
+    settings = {"temperature": 0.0, "repetition_penalty": 1.0, "top_p": 1.0, "top_k": 0} | settings | sampling
+    settings.pop("min_tokens", None)
+    generator = Generator(adapters_dir / "a", options=ModelOptions(base=str(base), device="cpu"))
+    expected = generator.generate(PROMPT, SamplingParams(max_new_tokens=20, **settings))
+    (choice,) = response["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (expected.text, expected.finish_reason)
+    assert response["usage"]["completion_tokens"] == expected.tokens
+    assert choice != plain["choices"][0]
+    chunks = events(served.post("/v1/completions", stream=True, **body).text)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected.text
+
+
+def test_usage_in_each_chunk(client):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = client.completions.create(model="a", stream=True, stream_options=options, **GREEDY)
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counts == sorted(counts)
+    assert last.usage.completion_tokens == counts[-1] == 20
+    assert all(chunk.usage.prompt_tokens == last.usage.prompt_tokens for chunk in chunks)
 
 
 def test_seed_wraps_to_63_bits(client):
@@ -216,6 +256,88 @@ def test_logprobs_end_at_stop_sequence(client, expected_texts):
     assert choice.text == expected == "".join(choice.logprobs.tokens)
     chunks = list(client.completions.create(model="a", stop=stop, logprobs=0, stream=True, **GREEDY))
     assert [token for chunk in chunks for token in chunk.choices[0].logprobs.tokens] == choice.logprobs.tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_puts_prompt_first(served, base, expected_texts, stream):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ids = tokenizer(PROMPT)["input_ids"]
+    for prompt in (PROMPT, ids):
+        body = GREEDY | {"prompt": [prompt, prompt], "n": 2, "echo": True, "stream": stream}
+        texts = choice_texts(served.post("/v1/completions", model="a", **body), 4)
+        assert texts == [PROMPT + expected_texts["a"]] * 4
+        alone = GREEDY | {"prompt": prompt, "max_tokens": 0, "echo": True, "stream": stream}
+        assert choice_texts(served.post("/v1/completions", model="a", **alone), 1) == [PROMPT]
+
+
+def choice_texts(response, count):
+    """Return the text of each choice of a response or a stream."""
+    assert response.status_code == 200, response.text
+    texts = [""] * count
+    for part in events(response.text) if "data:" in response.text else [response.json()]:
+        for choice in part["choices"]:
+            texts[choice["index"]] += choice["text"]
+    return texts
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, "☕ naïve so?", "this film never drags. " * 4])
+@pytest.mark.parametrize("max_tokens", [0, 5])
+def test_echoed_logprobs_equal_transformers(client, base, prompt, max_tokens):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    body = {"model": "talker", "prompt": prompt, "max_tokens": max_tokens, "logprobs": 2, "echo": True, "seed": 5}
+    response = client.completions.create(**body)
+    (choice,) = response.choices
+    ids = tokenizer(prompt)["input_ids"]
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    logprobs = choice.logprobs
+    assert (logprobs.token_logprobs[0], logprobs.top_logprobs[0]) == (None, None)
+    scored = [float(expected[index, token]) for index, token in enumerate(ids[1:])]
+    assert logprobs.token_logprobs[1 : len(ids)] == pytest.approx(scored, abs=1e-4)
+    for index, top in enumerate(logprobs.top_logprobs[1 : len(ids)]):
+        best = expected[index].topk(2).values.tolist()
+        assert sorted(top.values(), reverse=True)[:2] == pytest.approx(best, abs=1e-4)
+    assert len(logprobs.tokens) == len(ids) + response.usage.completion_tokens
+    assert response.usage.completion_tokens == max_tokens
+    for token, offset in zip(logprobs.tokens, logprobs.text_offset, strict=True):
+        assert "bytes:" in token or choice.text[offset:].startswith(token) or "\ufffd" in choice.text[offset:]
+    plain = client.completions.create(**body | {"echo": False, "max_tokens": 5})
+    if max_tokens:
+        assert choice.text == prompt + plain.choices[0].text
+        assert logprobs.token_logprobs[len(ids) :] == pytest.approx(plain.choices[0].logprobs.token_logprobs)
+        chunks = [chunk.choices[0] for chunk in client.completions.create(stream=True, **body)]
+        assert [offset for chunk in chunks for offset in chunk.logprobs.text_offset] == logprobs.text_offset
+
+
+def test_echoed_prompts_share_prefill(client, monkeypatch):
+    """Short and long ones, in chunks, beside a sequence without echo."""
+    monkeypatch.setattr("lora_tuner.inference.batch.PREFILL_CHUNK", 8)
+    prompts = ["so", "this film never drags. " * 4, PROMPT]
+    body = {"model": "a", "max_tokens": 0, "logprobs": 0, "echo": True}
+    together = client.completions.create(prompt=prompts, **body).choices
+    for prompt, choice in zip(prompts, together, strict=True):
+        alone = client.completions.create(prompt=prompt, **body).choices[0]
+        assert (choice.text, choice.logprobs.tokens) == (prompt, alone.logprobs.tokens)
+        assert choice.logprobs.token_logprobs[1:] == pytest.approx(alone.logprobs.token_logprobs[1:], abs=1e-4)
+
+
+def test_best_of_has_highest_mean_logprob(client):
+    body = {"model": "a", "prompt": [PROMPT, "so"], "max_tokens": 8, "seed": 3, "logprobs": 0}
+    all_outputs = client.completions.create(n=6, **body)
+    best = client.completions.create(n=2, best_of=6, **body)
+    assert best.usage == all_outputs.usage
+
+    def mean(choice):
+        return sum(choice.logprobs.token_logprobs) / len(choice.logprobs.token_logprobs)
+
+    for prompt in (0, 1):
+        candidates = sorted(all_outputs.choices[6 * prompt : 6 * prompt + 6], key=mean, reverse=True)
+        chosen = best.choices[2 * prompt : 2 * prompt + 2]
+        assert [choice.text for choice in chosen] == [choice.text for choice in candidates[:2]]
+    assert [choice.index for choice in best.choices] == [0, 1, 2, 3]
+    without = client.completions.create(n=2, best_of=6, **body | {"logprobs": None})
+    assert [choice.text for choice in without.choices] == [choice.text for choice in best.choices]
+    assert without.choices[0].logprobs is None
 
 
 def test_token_text_has_bytes(base):

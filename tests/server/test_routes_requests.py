@@ -41,7 +41,8 @@ ROOT = Path(__file__).parents[2]
         ({"seed": 2**63}, "seed", "less than"),
         ({"stop": ["a"] * 65}, "stop", "at most 64"),
         ({"stop": ["a", 1]}, "stop[1]", "valid string"),
-        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": 0}, "max_tokens", "0 leaves nothing to answer without echo: true"),
+        ({"max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
         (
             {"max_tokens": 127},
             None,
@@ -53,14 +54,21 @@ ROOT = Path(__file__).parents[2]
         ({"logprobs": True}, "logprobs", "valid integer"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "only allowed with stream: true"),
         ({"stream": True, "stream_options": {"what": 1}}, "stream_options.what", "unknown field"),
-        ({"echo": True}, "echo", "echo: not supported: leave it out, or send false."),
-        ({"best_of": 2}, "best_of", "must equal n"),
+        (CHAT | {"echo": True}, "echo", "echo: not supported: leave it out, or send false."),
+        ({"best_of": 2, "n": 3}, "best_of", "must be at least n"),
+        ({"best_of": 3, "n": 2, "stream": True}, "best_of", "cannot be streamed"),
+        ({"best_of": 128, "prompt": ["x", "y", "z"]}, "best_of", "best_of: 384 outputs requested, the limit"),
         ({"suffix": "x"}, "suffix", "not supported"),
-        ({"logit_bias": {"1": 1}}, "logit_bias", "or send {}"),
-        ({"presence_penalty": 0.5}, "presence_penalty", "or send 0"),
-        ({"frequency_penalty": -0.5}, "frequency_penalty", "or send 0"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "give token ids with a value from -100 to 100"),
+        ({"logit_bias": {"1": 101}}, "logit_bias", "from -100 to 100"),
+        ({"logit_bias": {"1": "1"}}, "logit_bias.1", "valid number"),
+        ({"logit_bias": {"320": 1}}, "logit_bias", "there is no token 320: give ids from 0 to 319."),
+        ({"stop_token_ids": [1, 320]}, "stop_token_ids", "there is no token 320"),
+        ({"min_tokens": 17}, "min_tokens", "min_tokens is 17: more than max_tokens, which is 16."),
+        ({"presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
+        ({"frequency_penalty": -2.5}, "frequency_penalty", "greater than or equal to -2"),
         ({"add_special_tokens": False}, "add_special_tokens", "or send true"),
-        ({"min_p": False}, "min_p", "or send 0"),
+        ({"min_p": False}, "min_p", "valid number"),
         ({"nonsense": 1}, "nonsense", "unknown field"),
         ({"user": 5}, "user", "valid string"),
         ({"model": 5}, "model", "valid string"),
@@ -128,7 +136,15 @@ def test_neutral_values_are_accepted(served, path, fields):
 
 def test_neutral_values_are_documented():
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
-    for fields in (neutral.COMPLETION, neutral.CHAT, neutral.NESTED):
+    for fields in (
+        neutral.COMPLETION,
+        neutral.CHAT,
+        neutral.RESPONSES,
+        neutral.NESTED,
+        neutral.TOKENIZE,
+        neutral.LOAD_ADAPTER,
+        neutral.UNLOAD_ADAPTER,
+    ):
         assert [name for name, values in fields.items() if values != () and f"`{name}`" not in page] == []
 
 
@@ -305,7 +321,8 @@ def test_broken_json_names_its_place(served):
 def test_wrong_base_url_names_the_endpoints(served):
     error = error_of(served.post("/chat/completions", model="a", **CHAT), 404)
     assert error["message"] == (
-        "There is nothing at /chat/completions: the API has /v1/models, /v1/completions, /v1/chat/completions."
+        "There is nothing at /chat/completions: the API has /v1/models, /v1/completions, /v1/chat/completions, "
+        "/v1/responses, /v1/load_lora_adapter, /v1/unload_lora_adapter, /tokenize, /detokenize."
     )
 
 

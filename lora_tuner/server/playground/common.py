@@ -22,8 +22,20 @@ from ..service import ModelService, ServedModel
 from . import html
 from .requests import ModelOutput, PageRequests
 
-SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed", "greedy")
-SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "seed")  # without effect in greedy decoding
+SETTINGS = (
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "stop",
+    "seed",
+    "greedy",
+)
+SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "min_p", "seed")  # without effect in greedy decoding
 LABELS = {name: name.replace("_", " ").capitalize() for name in SETTINGS} | {"stop": "Stop sequences"}
 SETTINGS_INFOS = {
     name: str(SamplingParams.model_fields[name].description).replace("--", "") for name in SETTINGS

@@ -26,8 +26,8 @@ from .browser import (
     waiting_for_events,
 )
 
-GREEDY = (12, 0.8, 0.95, 50, 1.0, "", "", True)
-RANDOM = (12, 0.8, 0.95, 50, 1.0, "", "", False)
+GREEDY = (12, 0.8, 0.95, 50, 0.0, 1.0, 0.0, 0.0, "", "", True)
+RANDOM = (12, 0.8, 0.95, 50, 0.0, 1.0, 0.0, 0.0, "", "", False)
 
 
 class Visitor:

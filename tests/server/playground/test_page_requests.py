@@ -181,7 +181,7 @@ def test_page_outputs_are_counted_and_logged(served, playground, caplog):
                 if not count:
                     break
 
-    settings = [5, 0.8, 0.95, 50, 1.1, "", "", False]
+    settings = [5, 0.8, 0.95, 50, 0.0, 1.1, 0.0, 0.0, "", "", False]
     run_async(consume(page.write.generate(PROMPT, ["a", "b"], False, False, *settings), 1000))
     run_async(consume(page.blend.blend(PROMPT, "a", "b", 0.5, False, playground.blend.SliderState()), 1000))
     with served.held_steps():
@@ -223,7 +223,7 @@ def test_page_asks_chat_adapters(served, playground, base, adapters):
         data = manifest.data.model_copy(update={"format": "messages"})
         (folder / MANIFEST_FILE).write_text(manifest.model_copy(update={"data": data}).to_json())
     page = playground.Page(served.service, Metrics(served.service))
-    greedy_settings = [12, 0.8, 0.95, 50, 1.0, "", "", True]
+    greedy_settings = [12, 0.8, 0.95, 50, 0.0, 1.0, 0.0, 0.0, "", "", True]
     generator = Generator(adapters_dir=adapters, options=ModelOptions(base=str(base), device="cpu"))
     try:
         for names, bare, asked in (
@@ -259,7 +259,7 @@ def test_page_fills_learned_template(served, playground, base, adapters):
         data = manifest.data.model_copy(update={"template": learned, "answer_column": "verdict"})
         (folder / MANIFEST_FILE).write_text(manifest.model_copy(update={"data": data}).to_json())
     page = playground.Page(served.service, Metrics(served.service))
-    settings = [3, 0.8, 0.95, 50, 1.0, "", "", True]
+    settings = [3, 0.8, 0.95, 50, 0.0, 1.0, 0.0, 0.0, "", "", True]
     filled = f"Review: {PROMPT}\nVerdict:"
     try:
         for names, bare, prompts, note in (

@@ -288,7 +288,7 @@ def test_token_probabilities_equal_api(served):
     from lora_tuner.server.playground.page import Page  # gradio takes seconds to import
 
     page = Page(served.service, Metrics(served.service))
-    settings = (12, 0.8, 0.95, 50, 1.0, "", "", True)
+    settings = (12, 0.8, 0.95, 50, 0.0, 1.0, 0.0, 0.0, "", "", True)
 
     async def last():
         return [update async for update in page.write.generate(PROMPT, ["noir"], False, True, *settings)][-1]
