@@ -155,20 +155,20 @@ def create_app(service: ModelService) -> FastAPI:
         """Return the text of token ids."""
         return await detokenize(service, body)
 
-    @routes.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
-    async def load_lora_adapter(body: LoadAdapterRequest) -> str:
+    @routes.post("/v1/load_lora_adapter")
+    async def load_lora_adapter(body: LoadAdapterRequest) -> dict[str, str]:
         """Load an adapter of the library into memory before it is asked for."""
         await service.run_in_thread("list", partial(_check_adapter, service, body))
         await service.find_adapter(body.lora_name)
-        return f"The adapter {body.lora_name} is in memory."
+        return {"message": f"The adapter {body.lora_name} is in memory."}
 
-    @routes.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
-    async def unload_lora_adapter(body: UnloadAdapterRequest) -> str:
+    @routes.post("/v1/unload_lora_adapter")
+    async def unload_lora_adapter(body: UnloadAdapterRequest) -> dict[str, str]:
         """Drop an adapter from memory. The next request for it loads it again."""
         if body.lora_name not in service.generator.loaded_adapters:
             raise UnknownModelError(f"The adapter '{body.lora_name}' is not in memory.")
         await service.run_in_thread("load", partial(service.generator.unload, body.lora_name))
-        return f"The adapter {body.lora_name} is no longer in memory."
+        return {"message": f"The adapter {body.lora_name} is no longer in memory."}
 
     @routes.post("/v1/embeddings", include_in_schema=False)
     async def embeddings() -> Response:

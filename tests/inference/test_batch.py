@@ -124,9 +124,9 @@ def test_sampling_settings_change_their_row_alone(generator):
 
     plain, other = neighbour()
     for settings in (
-        {"presence_penalty": 2.0, "frequency_penalty": 2.0},
+        {"presence_penalty": -2.0, "frequency_penalty": -2.0},
         {"logit_bias": {other.output_ids[0]: -100.0}},
-        {"min_new_tokens": 12, "repetition_penalty": 3.0},
+        {"min_new_tokens": 12, "repetition_penalty": 0.1},
     ):
         beside, changed = neighbour(**settings)
         assert changed.output_ids != other.output_ids
