@@ -106,14 +106,14 @@ class ChatTab(PageTab):
         return model
 
     def model_names(self) -> list[str]:
-        """Return the adapters with a chat template, the base if it has one, then auto if it has a choice."""
+        """Return the adapters with a chat template, the base if it has one, then auto where it has a choice."""
         names = self.usable_names()
         if self.service.base.tokenizer.chat_template:
             names.append(self.service.name)
         else:
             folders = {model.id: model.adapter.path for model in self.adapters() if model.adapter is not None}
             names = [name for name in names if has_chat_template(folders[name])]
-        return [*names, *(self.requests.auto_choice() if names else [])]
+        return [*names, *(self.requests.auto_choice() if len(names) > 1 else [])]
 
     def _missing(self) -> Markup:
         return html.note(
