@@ -27,6 +27,7 @@ from ..models.loading import LoadedBase
 from ..models.quantization import dense_weight
 from ..models.replaced import load_replaced, untrained_rows
 from ..models.replacement import ReplacedHook, Replacements
+from ..text import display_name
 
 LoraFactors = tuple[torch.Tensor, torch.Tensor]  # (ranks, in), (ranks, out)
 
@@ -48,7 +49,7 @@ class LoadedAdapter:
     is still in use. `tokenizer` is that of an adapter whose own differs from the base's, `replaced`
     what it has in place of modules of the base, `vocab_size` the number of its token ids, 0 for
     those of the base; `is_chat` says that it has learned conversations, `template` in which form
-    it has learned texts, `routing` what its own rows gain."""
+    it has learned texts, `routing` what its own rows gain, `data` the name of its data."""
 
     layers: dict[str, _LayerLora]
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -57,6 +58,7 @@ class LoadedAdapter:
     is_chat: bool = False
     template: Template | None = None
     routing: RoutingInfo | None = None
+    data: str | None = None
     fused: dict[tuple[str, ...], LoraFactors] = field(default_factory=dict)  # a cache
 
     @property
@@ -126,6 +128,7 @@ class MultiLora:
             is_chat=adapter.is_chat,
             template=adapter.manifest.template if adapter.manifest else None,
             routing=adapter.manifest.routing if adapter.manifest else None,
+            data=display_name(adapter.manifest.data.name) if adapter.manifest and adapter.manifest.data else None,
         )
 
     def untrained(self, loaded: LoadedAdapter) -> LoadedAdapter:

@@ -33,7 +33,8 @@ MIN_TOKENS = 8  # that each of many adapters reads, beyond `MAX_ROW_TOKENS` if n
 FINALISTS = 2
 MEASURED_TOKENS = (4, 8, 16, 32, 64, 128)  # of own rows, whose mean gains are kept
 MEASURED_ROWS, MIN_ROWS, MEASURED_BATCH = 32, 4, 8
-NEEDED_SHARE = 0.5  # of the gain on its own rows, for an adapter to be better than the base
+# Of the gain on its own rows. Plain text of any kind gains with most adapters, so a gain alone says little.
+LEAD_SHARE = 0.3
 
 AtScale = Callable[[float], AbstractContextManager[None]]  # inside, the adapter has that scale
 
@@ -49,9 +50,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Score:
-    """Gain of an adapter on the prompt, in nats per token, and what it needs to be chosen.
+    """Gain of an adapter on the prompt, in nats per token, and the lead that it needs to be chosen.
 
-    `expected` is the mean of its own rows with as many tokens.
+    `expected` is the mean of its own rows with as many tokens; `data` names what it was trained on.
     """
 
     adapter: str
@@ -59,14 +60,16 @@ class Score:
     needed: float
     expected: float
     tokens: int
+    data: str | None = None
 
 
 @dataclass(frozen=True)
 class Choice:
     """The adapter for a prompt, or None for the base.
 
-    `margin` is its gain minus that of the next one, or of the base, which has 0; of the base what the nearest
-    adapter lacks. `scores` are those of all adapters, the best first; none if the conversation has `kept` its adapter.
+    `margin` is its lead: its gain minus that of the next one of other data, or of the base, which has 0; of the base
+    what the best adapter lacks. `scores` are those of all adapters, the best first; none if the conversation has
+    `kept` its adapter.
     """
 
     adapter: str | None
@@ -86,19 +89,22 @@ class Choice:
         for score in self.scores:
             if score.adapter == self.adapter:
                 gain = f"{score.gain:+.2f} nats per token over the base on {score.tokens} tokens"
-                return f"auto: {self.adapter}, {gain}, {score.needed:+.2f} needed{after}."
-        return f"auto: the base, as no adapter gains what it needs{after}."
+                return f"auto: {self.adapter}, {gain}, {score.needed:+.2f} ahead needed{after}."
+        return f"auto: the base, as no adapter leads by what it needs{after}."
 
 
 def choose(scores: Sequence[Score]) -> Choice:
-    """Choose the adapter with the highest gain among those with the gain that they need."""
+    """Choose the adapter with the highest gain, if it leads the base and the adapters of other data by what it
+    needs."""
     ranked = sorted(scores, key=lambda score: (-score.gain, score.adapter))
-    fitting = [score for score in ranked if score.gain >= score.needed]
-    if not fitting:
-        lacking = min((score.needed - score.gain for score in ranked), default=0.0)
-        return Choice(None, lacking, tuple(ranked))
-    best, others = fitting[0], [score.gain for score in ranked if score is not fitting[0]]
-    return Choice(best.adapter, best.gain - max([0.0, *others]), tuple(ranked))
+    if not ranked:
+        return Choice(None)
+    best = ranked[0]
+    rivals = [score.gain for score in ranked[1:] if score.data is None or score.data != best.data]
+    lead = best.gain - max([0.0, *rivals])
+    if lead < best.needed or lead <= 0:
+        return Choice(None, round(best.needed - lead, 4), tuple(ranked))
+    return Choice(best.adapter, round(lead, 4), tuple(ranked))
 
 
 def make_score(candidate: Candidate, gain: float, tokens: int) -> Score:
@@ -106,7 +112,8 @@ def make_score(candidate: Candidate, gain: float, tokens: int) -> Score:
     info = candidate.lora.routing
     assert info is not None
     expected = expected_gain(info, tokens)
-    return Score(candidate.name, round(gain, 4), round(NEEDED_SHARE * expected, 4), round(expected, 4), tokens)
+    needed, data = round(LEAD_SHARE * expected, 4), candidate.lora.data
+    return Score(candidate.name, round(gain, 4), needed, round(expected, 4), tokens, data)
 
 
 def expected_gain(info: RoutingInfo, tokens: int) -> float:
