@@ -28,7 +28,7 @@ from .interface import DecoderInterface
 from .multi_lora import LoadedAdapter
 
 MAX_TOKENS = 256  # of a prompt: the first and the last half of them
-MAX_ROW_TOKENS = 576  # in all rows; with eight adapters about what three named prefills of 256 tokens take
+MAX_ROW_TOKENS = 576  # in all rows; fewer than three prompts of 256 tokens have
 MIN_TOKENS = 8  # that each of many adapters reads, beyond `MAX_ROW_TOKENS` if need be
 FINALISTS = 2
 MEASURED_TOKENS = (4, 8, 16, 32, 64, 128)  # of own rows, whose mean gains are kept
