@@ -74,6 +74,11 @@ class ServerCheck:
     text: Comparison | None = None
     chat: Comparison | None = None
 
+    @property
+    def distance(self) -> float:
+        """Distance from the closest scale, of the endpoint that is farther."""
+        return max(each.distance for each in (self.text, self.chat) if each)
+
     def to_dict(self) -> dict[str, object]:
         """Verdict, figures and thresholds for JSON."""
         thresholds = {"noise": NOISE, "limit": LIMIT, "limit_share": LIMIT_SHARE}
@@ -117,9 +122,9 @@ def check_server(
             continue
         found = _check(server, other, notify)
         if found.verdict in (ADAPTER, WRONG_TEMPLATE):
-            distance = min(each.distance for each in (found.text, found.chat) if each)
-            matches.append((distance, other.name))
-    if matches:
+            matches.append((found.distance, other.name))
+    # An adapter that was trained alike may fit as well as this one at another scale.
+    if matches and (check.verdict != WRONG_SCALE or min(matches)[0] < check.distance):
         _, name = min(matches)
         reason = f"Its answers are those of {name}."
         return replace(check, verdict=OTHER_ADAPTER, reason=reason, other=name, scale=None)
@@ -218,14 +223,15 @@ def _check(server: Server, adapter: Adapter, notify: EventHandler) -> ServerChec
     probes = own_probes(adapter)
     found: dict[bool, Comparison] = {}
     failures: list[str] = []
+    done = 0
     for chat in dict.fromkeys(probe.chat for probe in probes):
         asked = [probe for probe in probes if probe.chat == chat]
         answers: list[Tokens] = []
         try:
-            for number, probe in enumerate(asked, 1):
+            for probe in asked:
                 answers.append(server.next_tokens(probe.prompt, chat=chat))
-                stage = f"asking for {adapter.name} by {endpoint(chat=chat)}"
-                notify(Progress(stage, number, len(asked)))
+                done += 1
+                notify(Progress(f"probes of {adapter.name}", done, len(probes)))
         except NoAnswerError as error:
             failures.append(str(error))
             continue
