@@ -24,7 +24,9 @@ from . import other_formats
 from .adapter import (
     CARD_FILE,
     CONFIG_FILE,
+    MANIFEST_FILE,
     RUN_FILE,
+    TOKENIZER_FILES,
     WEIGHTS_FILE,
     Adapter,
     load_adapter_folder,
@@ -33,6 +35,8 @@ from .adapter import (
 from .manifest import ParentInfo
 
 T = TypeVar("T")
+FolderIdentity = tuple[tuple[int, ...] | None, ...]
+_ADAPTER_FILES = (WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE, *TOKENIZER_FILES)
 
 
 @dataclass(frozen=True)
@@ -279,3 +283,18 @@ def copy_files(adapter: Adapter, folder: Path, names: Sequence[str]) -> None:
             continue
         if name in (CONFIG_FILE, WEIGHTS_FILE) or not file.is_symlink() or file.resolve().parent == blobs:
             shutil.copyfile(file, folder / name)
+
+
+def folder_identity(folder: Path) -> FolderIdentity:
+    """Return values that differ between versions of an adapter: of each of its files, None for a
+    missing one."""
+    return tuple(_file_identity(folder / name) for name in _ADAPTER_FILES)
+
+
+def _file_identity(path: Path) -> tuple[int, ...] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    # With ctime: a file that replaces another may have its inode number, size and mtime.
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

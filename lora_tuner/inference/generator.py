@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..adapters.adapter import CONFIG_FILE, MANIFEST_FILE, TOKENIZER_FILES, WEIGHTS_FILE, Adapter
-from ..adapters.library import Library, read_consistently
+from ..adapters.adapter import Adapter
+from ..adapters.library import FolderIdentity, Library, folder_identity, read_consistently
 from ..config import ModelOptions, SamplingParams
 from ..data import chat, chat_template, tokenization
 from ..data.row_template import Template
@@ -43,8 +43,6 @@ class EncodedPrompt:
     chat: bool = False
 
 
-FolderIdentity = tuple[tuple[int, ...] | None, ...]
-_ADAPTER_FILES = (WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE, *TOKENIZER_FILES)
 Prompt = str | abc.Sequence[chat.Message] | EncodedPrompt  # text, or a conversation
 
 
@@ -387,18 +385,3 @@ class Generator:
             )
             for prompt, sequence in zip(prompts, sequences, strict=True)
         ]
-
-
-def folder_identity(folder: Path) -> FolderIdentity:
-    """Return values that differ between versions of an adapter: of each of its files, None for a
-    missing one."""
-    return tuple(_file_identity(folder / name) for name in _ADAPTER_FILES)
-
-
-def _file_identity(path: Path) -> tuple[int, ...] | None:
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    # With ctime: a file that replaces another may have its inode number, size and mtime.
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

@@ -24,7 +24,7 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedTokenizerBase
 
 from ..adapters.adapter import Adapter
-from ..adapters.library import read_consistently
+from ..adapters.library import FolderIdentity, folder_identity, read_consistently
 from ..config import AUTO_MODEL, RESERVED_NAME, SamplingParams, ServerConfig
 from ..data.call_format import CallFormat, learn_call_format
 from ..data.chat import FullMessage, iter_texts
@@ -40,7 +40,7 @@ from ..errors import (
 )
 from ..inference import sequence
 from ..inference.constraints import Constraint, Grammar, GrammarCompiler
-from ..inference.generator import FolderIdentity, Generator, folder_identity
+from ..inference.generator import Generator
 from ..inference.multi_lora import LoadedAdapter
 from ..inference.sampling import choose_seed, sequence_seed
 from ..models import lora
