@@ -4,10 +4,11 @@ import json
 import sys
 
 import openai
+from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI, OpenAI
 
 url, model = sys.argv[1:]
-server = {"model": model, "base_url": url, "api_key": "none", "max_retries": 0, "max_tokens": 12}
+server = {"model": model, "base_url": url, "api_key": "none", "max_retries": 0, "max_tokens": 16}
 chat = ChatOpenAI(temperature=0, logprobs=True, top_logprobs=2, stream_usage=True, **server)
 text = OpenAI(temperature=0, **server)
 several = ChatOpenAI(temperature=1, n=2, seed=5, **server)
@@ -24,7 +25,7 @@ print(
             "chat_stream": "".join(part.content for part in chat.stream("so?")),
             "text": text.invoke("the actor"),
             "text_stream": "".join(text.stream("the actor")),
-            "choices": [each.text for each in several.generate([[("user", "so?")]]).generations[0]],
+            "choices": [each.text for each in several.generate([[HumanMessage("so?")]]).generations[0]],
             "tokens": [token["token"] for token in answer.response_metadata["logprobs"]["content"]],
             "response": response.invoke("so?").text,
             "error": message,

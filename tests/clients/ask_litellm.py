@@ -7,14 +7,14 @@ import litellm
 
 url, model = sys.argv[1:]
 server = {"api_base": url, "api_key": "none", "max_retries": 0}
-chat = {"messages": [{"role": "user", "content": "so?"}], "max_tokens": 12, "temperature": 0, **server}
-text = {"prompt": "the actor", "max_tokens": 12, "temperature": 0, **server}
+chat = {"messages": [{"role": "user", "content": "so?"}], "max_tokens": 16, "temperature": 0, **server}
+text = {"prompt": "the actor", "max_tokens": 16, "temperature": 0, **server}
 named, text_model = f"openai/{model}", f"text-completion-openai/{model}"
 choice = litellm.completion(model=named, logprobs=True, top_logprobs=2, **chat).choices[0]
 stream = litellm.completion(model=f"hosted_vllm/{model}", stream=True, **chat)
 several = litellm.completion(model=named, n=2, seed=5, **chat | {"temperature": 1})
 text_stream = litellm.text_completion(model=text_model, stream=True, **text)
-response = litellm.responses(model=named, input="so?", max_output_tokens=12, temperature=0, **server)
+response = litellm.responses(model=named, input="so?", max_output_tokens=16, temperature=0, **server)
 try:
     litellm.completion(model="openai/nobody", **chat)
 except litellm.NotFoundError as error:

@@ -8,7 +8,7 @@ from llama_index.core.llms import ChatMessage
 from llama_index.llms.openai_like import OpenAILike
 
 url, model = sys.argv[1:]
-server = {"api_base": url, "api_key": "none", "max_retries": 0, "max_tokens": 12, "context_window": 128}
+server = {"api_base": url, "api_key": "none", "max_retries": 0, "max_tokens": 16, "context_window": 128}
 question = [ChatMessage(role="user", content="so?")]
 
 

@@ -4,8 +4,8 @@ import OpenAI from "openai";
 
 const [baseURL, model] = process.argv.slice(2);
 const client = new OpenAI({ baseURL, apiKey: "none", maxRetries: 0 });
-const chat = { messages: [{ role: "user", content: "so?" }], max_tokens: 12, temperature: 0 };
-const text = { prompt: "the actor", max_tokens: 12, temperature: 0 };
+const chat = { messages: [{ role: "user", content: "so?" }], max_tokens: 16, temperature: 0 };
+const text = { prompt: "the actor", max_tokens: 16, temperature: 0 };
 const whole = await client.chat.completions.create({ model, logprobs: true, top_logprobs: 2, ...chat });
 let streamed = "", textStreamed = "";
 const options = { stream: true, stream_options: { include_usage: true } };
@@ -14,7 +14,7 @@ for await (const chunk of await client.chat.completions.create({ model, ...optio
 for await (const chunk of await client.completions.create({ model, stream: true, ...text }))
   textStreamed += chunk.choices[0].text;
 const several = await client.chat.completions.create({ model, ...chat, n: 2, seed: 5, temperature: 1 });
-const response = await client.responses.create({ model, input: "so?", max_output_tokens: 12, temperature: 0 });
+const response = await client.responses.create({ model, input: "so?", max_output_tokens: 16, temperature: 0 });
 let message = "";
 try {
   await client.chat.completions.create({ model: "nobody", ...chat });

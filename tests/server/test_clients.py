@@ -38,10 +38,10 @@ def ask(served, *command, **settings):
 def expected_answers(served, client):
     """Return what the API itself answers."""
     messages = [{"role": "user", "content": "so?"}]
-    settings = {"model": "a", "messages": messages, "max_tokens": 12}
+    settings = {"model": "a", "messages": messages, "max_tokens": 16}
     choice = client.chat.completions.create(temperature=0, logprobs=True, **settings).choices[0]
     several = client.chat.completions.create(temperature=1, seed=5, n=2, **settings).choices
-    text = client.completions.create(model="a", **GREEDY | {"max_tokens": 12}).choices[0].text
+    text = client.completions.create(model="a", **GREEDY | {"max_tokens": 16}).choices[0].text
     return {
         "chat": choice.message.content,
         "chat_stream": choice.message.content,

@@ -152,7 +152,7 @@ def test_edited_question_is_asked_anew(served, visitor):
 def test_errors_keep_conversation(visitor):
     visitor.ask("so?")
     before = visitor.answers
-    wrong = (12, 0.8, 0, 50, 1.0, "", "", False)
+    wrong = (12, 0.8, 0, 50, 0.0, 1.0, 0.0, 0.0, "", "", False)
     for question, settings, line in (
         (" \n", GREEDY, "Enter a question"),
         ("and\0?", GREEDY, "A null byte"),
