@@ -111,9 +111,15 @@ class _GenerationRequest(RequestModel):
     guided_choice: Choice | None = None
     guided_grammar: Text | None = None
 
-    @field_validator("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+    @field_validator(
+        "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"
+    )
     @classmethod
     def _is_only_form(cls, value: object, info: ValidationInfo) -> object:
+        if value not in (None, _PLAIN_TEXT) and info.data.get("min_tokens"):
+            raise PydanticCustomError(
+                "contradiction", "such an output ends where it is complete: leave out min_tokens"
+            )
         for name in ("response_format", *(name for name in info.data if name.startswith(("struct", "guided")))):
             other = info.data.get(name)
             if value is not None and other not in (None, _PLAIN_TEXT):

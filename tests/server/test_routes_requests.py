@@ -94,6 +94,8 @@ ROOT = Path(__file__).parents[2]
             "messages[1].content[1].type",
             "messages[1].content[1].image_url: not supported: leave it out",
         ),
+        ({"min_tokens": 2, "guided_choice": ["a", "b"]}, "guided_choice", "leave out min_tokens"),
+        ({"min_tokens": 2, "response_format": {"type": "json_object"}}, "response_format", "leave out min_tokens"),
         ({"messages": [{"role": "user", "content": "so " * 200}]}, None, "has a context of 128: shorten it."),
     ],
 )  # fmt: skip
