@@ -6,7 +6,7 @@ import json
 import jsonschema_rs
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from lora_tuner import ModelOptions, SamplingParams
@@ -184,7 +184,9 @@ def check_schemas(compiler, schemas, seed, limit):
     texts = run(compiler.base, sequences)
     for schema, row, text in zip(schemas, sequences, texts, strict=True):
         if row.finish_reason == "stop":
-            assert jsonschema_rs.validator_for(schema).is_valid(json.loads(text)), (schema, text)
+            # JSON has numbers that are too large for a float, such as 1e999, which the validator takes for none.
+            value = json.loads(text, parse_float=lambda number: max(-1e308, min(1e308, float(number))))
+            assert jsonschema_rs.validator_for(schema).is_valid(value), (schema, text)
         else:
             assert len(row.output_ids) == limit
     return sum(row.finish_reason == "stop" for row in sequences)
@@ -195,6 +197,7 @@ def check_random_schemas(compiler, examples, rows, limit):
 
     @given(schemas=st.lists(SCHEMAS, min_size=rows, max_size=rows), seed=st.integers(0, 2**30))
     @settings(
+        phases=[Phase.generate],  # a smaller failing batch is not searched for
         max_examples=examples,
         deadline=None,
         database=None,
