@@ -54,6 +54,7 @@ PARTS = {
     "rates": rates.run,
     "page": page.run,
     "routing": routing.run,
+    "vllm": serving.beside_vllm,
 }
 STUDIES = (
     "overhead",
@@ -67,6 +68,7 @@ STUDIES = (
     "rates",
     "page",
     "routing",
+    "vllm",
 )  # slow, so they run only when named
 PACKAGES = ("lora_tuner", "torch", "transformers", "peft", "trl", "xllamacpp")
 

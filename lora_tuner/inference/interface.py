@@ -6,14 +6,12 @@ from typing import Any, Protocol
 
 import torch
 
+from .kv_cache import Block, PrefixCache
 from .multi_lora import LoadedAdapter, MultiLora
 
 
 class Cache(Protocol):
-    """KV cache of a batch. All rows end in column `used`; a shorter row starts after its padding on
-    the left."""
-
-    used: int
+    """KV cache of a batch."""
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Make row `rows[i]` row i, and drop the rows that are not listed."""
@@ -36,11 +34,16 @@ class DecoderInterface(Protocol):
     chunked_prefill: bool  # a prompt may be prefilled in several passes
     mixed_batches: bool  # rows of one batch may have different adapters
 
+    @property
+    def prefix_cache(self) -> PrefixCache | None:
+        """Blocks of earlier prompts; None: prompts share nothing."""
+
     def new_lora(self, multi_lora: MultiLora) -> LoraForBatch:
         """Create LoRA weights for a batch; they are the plain base until `set_rows` is called."""
 
-    def new_cache(self, rows: int, length: int, padding: Sequence[int]) -> Cache:
-        """Create an empty cache for `rows` rows of about `length` columns, padded on the left."""
+    def new_cache(self, padding: Sequence[int], prefixes: Sequence[Sequence[Block]] = ()) -> Cache:
+        """Create a cache. The first `padding[i]` columns of row i will be no tokens; before them it
+        has `prefixes[i]`, from `prefix_cache`."""
 
     def forward(
         self, token_ids: torch.Tensor, cache: Any, lora: Any = None, *, last_only: bool = False

@@ -220,13 +220,13 @@ class _Pass:
         self.device, self.base_size = engine.base.device, engine.base.head_size
         self.lora = decoder.new_lora(engine.multi_lora)
         self.lora.set_rows([*rows.values()])
-        self.cache = decoder.new_cache(len(rows), min(len(token_ids), MAX_TOKENS), [0] * len(rows))
+        self.cache, self.tokens_read = decoder.new_cache([0] * len(rows)), 0
         self.logprobs = torch.empty(len(rows), 0)  # of the tokens, in nats
 
     def read(self, total: int) -> None:
         """Read on until `total` tokens are read. What follows the first call is as much of the end of the prompt as
         of its beginning, unless more of the beginning has been read."""
-        start, length = self.cache.used, len(self.token_ids)
+        start, length = self.tokens_read, len(self.token_ids)
         head = total if start == 0 or length <= total else max(start, total - total // 2)
         tail = min(max(total - head, 0), max(length - head, 0))
         window = [*self.token_ids[start:head], *self.token_ids[length - tail :]]
@@ -234,6 +234,7 @@ class _Pass:
             return
         ids = torch.tensor([window] * len(self.rows), device=self.device)
         logits = self.decoder.forward(ids, self.cache, self.lora)[:, :-1]
+        self.tokens_read += len(window)
         if logits.shape[1] != len(window) - 1:
             raise GenerationError(
                 "The base has no standard KV cache, so the texts of adapters are not compared: name an adapter."

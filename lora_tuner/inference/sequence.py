@@ -58,6 +58,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of all tokens but the first
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    cached_tokens: int = 0  # of the prompt, whose keys and values an earlier one had left
     hit_eos: bool = False
     complete: bool = False  # tokens and text are final; set last, because other threads rely on it
     error: Exception | None = None
@@ -104,6 +105,11 @@ class Sequence:
     @property
     def length(self) -> int:
         return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def max_length(self) -> int:
+        """The largest number of tokens, prompt included."""
+        return len(self.prompt_ids) + int(self.max_new_tokens)
 
     def append_token(self, logits: torch.Tensor) -> int:
         """Choose the next token from its logits (vocabulary,) and append it. With `done` set, no

@@ -160,39 +160,68 @@ INLINE void rotate(const float *x, const float *rotation, float *out, int64_t he
     }
 }
 
-/* One new token in each row: its key and value go into column `end` - 1 of the cache, and it attends to the columns
-   from `first` (rows,) on. qkv (rows, heads + 2 * kv_heads, head) -> out (rows, heads, head); rotation (rows, head / 2)
-   pairs; keys and values (rows, kv_heads, capacity, head); scores (rows, heads, end) is overwritten. */
-void decode_attention_f32(const float *qkv, const float *rotation, float *keys, float *values, const int64_t *first,
+/* Begin to read `size` floats into the caches: the CPU does not guess where the next block is. */
+INLINE void fetch_ahead(const float *from, int64_t size) {
+    for (int64_t i = 0; i < size; i += LANES) __builtin_prefetch(from + i);
+}
+
+/* One new token in each row: its key and value are written as those of token `lengths[row]` - 1, and it attends to all.
+   blocks (rows, width): addresses of blocks (layers, 2, kv_heads, block, head) of `block` tokens each, which have the layer
+   after `offset` floats. qkv (rows, heads + 2 * kv_heads, head) -> out (rows, heads, head); rotation (rows, head / 2)
+   pairs; scores (rows, heads, longest) is overwritten. */
+void decode_attention_f32(const float *qkv, const float *rotation, const int64_t *blocks, const int64_t *lengths,
                           float *scores, float *out, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head,
-                          int64_t capacity, int64_t end) {
+                          int64_t block, int64_t width, int64_t longest, int64_t offset) {
     int64_t group = heads / kv_heads;
     float scaling = 1.0f / sqrtf(head);
-#pragma omp parallel for schedule(static) if (rows * heads * end > 1024)
+#pragma omp parallel for schedule(dynamic) if (rows * heads * longest > 1024)
     for (int64_t task = 0; task < rows * kv_heads; task++) {
-        int64_t row = task / kv_heads, kv = task % kv_heads;
+        int64_t row = task / kv_heads, kv = task % kv_heads, length = lengths[row], last = length - 1;
+        int64_t keys = offset + kv * block * head, values = keys + kv_heads * block * head;
+        const int64_t *row_blocks = blocks + row * width;
         const float *own = qkv + row * (heads + 2 * kv_heads) * head, *turn = rotation ? rotation + row * head : 0;
-        float *k = keys + task * capacity * head, *v = values + task * capacity * head;
-        rotate(own + (heads + kv) * head, turn, k + (end - 1) * head, head);
-        memcpy(v + (end - 1) * head, own + (heads + kv_heads + kv) * head, head * sizeof(float));
-        for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
-            float *o = out + (row * heads + h) * head, *s = scores + (row * heads + h) * end, largest = -INFINITY, sum = 0;
-            rotate(own + h * head, turn, o, head);
-            for (int64_t j = first[row]; j < end; j++) {
-                float dot = 0;
+        float *o = out + (row * heads + kv * group) * head, *s = scores + (row * heads + kv * group) * longest;
+        float *newest = (float *)row_blocks[last / block] + last % block * head;
+        rotate(own + (heads + kv) * head, turn, newest + keys, head);
+        memcpy(newest + values, own + (heads + kv_heads + kv) * head, head * sizeof(float));
+        for (int64_t h = 0; h < group; h++) rotate(own + (kv * group + h) * head, turn, o + h * head, head);
+        for (int64_t start = 0; start < length; start += block) {
+            const float *k = (const float *)row_blocks[start / block] + keys;
+            const float *next = start / block < last / block ? (const float *)row_blocks[start / block + 1] + keys
+                                                             : (const float *)row_blocks[0] + values;
+            int64_t count = length - start < block ? length - start : block;
+            for (int64_t h = 0; h < group; h++)
+                for (int64_t j = 0; j < count; j++) {
+                    float dot = 0;
+                    if (!h) fetch_ahead(next + j * head, head);
 #pragma omp simd reduction(+ : dot)
-                for (int64_t d = 0; d < head; d++) dot += o[d] * k[j * head + d];
-                s[j] = dot * scaling;
-                largest = s[j] > largest || s[j] != s[j] ? s[j] : largest;
+                    for (int64_t d = 0; d < head; d++) dot += o[h * head + d] * k[j * head + d];
+                    s[h * longest + start + j] = dot * scaling;
+                }
+        }
+        for (int64_t h = 0; h < group; h++) {
+            float *a = s + h * longest, largest = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : largest)
+            for (int64_t j = 0; j < length; j++) largest = a[j] > largest ? a[j] : largest;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t j = 0; j < length; j++) {
+                a[j] = fast_exp(a[j] - largest);
+                sum += a[j];
             }
-            memset(o, 0, head * sizeof(float));
-            for (int64_t j = first[row]; j < end; j++) {
-                float p = fast_exp(s[j] - largest);
-                sum += p;
+            for (int64_t j = 0; j < length; j++) a[j] /= sum;
+            memset(o + h * head, 0, head * sizeof(float));
+        }
+        for (int64_t start = 0; start < length; start += block) {
+            const float *v = (const float *)row_blocks[start / block] + values;
+            const float *next = (const float *)row_blocks[start / block < last / block ? start / block + 1 : 0] + values;
+            int64_t count = length - start < block ? length - start : block;
+            for (int64_t h = 0; h < group; h++)
+                for (int64_t j = 0; j < count; j++) {
+                    float p = s[h * longest + start + j];
+                    if (!h) fetch_ahead(next + j * head, head);
 #pragma omp simd
-                for (int64_t d = 0; d < head; d++) o[d] += p * v[j * head + d];
-            }
-            for (int64_t d = 0; d < head; d++) o[d] /= sum;
+                    for (int64_t d = 0; d < head; d++) o[h * head + d] += p * v[j * head + d];
+                }
         }
     }
 }

@@ -32,7 +32,16 @@ from .constrained import requested_grammar
 from .error_responses import error_response
 from .metrics import CLIENT_CLOSED_REQUEST, RequestRecord
 from .protocol import ChatRequest, CompletionRequest, StreamOptions
-from .responses import EndpointFormat, OutputDelta, OutputReader, ResponseFields, TokenSpeller, Usage, token_text
+from .responses import (
+    EndpointFormat,
+    OutputDelta,
+    OutputReader,
+    PromptTokensDetails,
+    ResponseFields,
+    TokenSpeller,
+    Usage,
+    token_text,
+)
 from .scheduler import Request
 from .service import ModelService
 from .tokenize import check_token_ids, echo_all
@@ -263,6 +272,7 @@ def usage_of(record: RequestRecord) -> Usage:
         prompt_tokens=record.prompt_tokens,
         completion_tokens=record.new_tokens,
         total_tokens=record.prompt_tokens + record.new_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=record.cached_tokens),
     )
 
 

@@ -58,10 +58,22 @@ class RequestRecord:
         return [] if self.request is None else self.request.sequences
 
     @property
+    def _prompts(self) -> list[Sequence]:
+        """The first sequence of each prompt."""
+        first: dict[int, Sequence] = {}
+        for sequence in self.sequences:
+            first.setdefault(id(sequence.prompt_ids), sequence)
+        return list(first.values())
+
+    @property
     def prompt_tokens(self) -> int:
         """The number of prompt tokens, each prompt counted once whatever `n` is."""
-        prompts = {id(sequence.prompt_ids): sequence.prompt_ids for sequence in self.sequences}
-        return sum(map(len, prompts.values()))
+        return sum(len(sequence.prompt_ids) for sequence in self._prompts)
+
+    @property
+    def cached_tokens(self) -> int:
+        """The number of prompt tokens that came from the prefix cache."""
+        return sum(sequence.cached_tokens for sequence in self._prompts)
 
     @property
     def new_tokens(self) -> int:
@@ -89,6 +101,12 @@ class Metrics:
             "lora_tuner_tokens",
             "Prompt tokens and generated tokens.",
             ("model", "kind"),
+            registry=registry,
+        )
+        self.cached_tokens = Counter(
+            "lora_tuner_cached_prompt_tokens",
+            "Prompt tokens that came from the prefix cache.",
+            ("model",),
             registry=registry,
         )
         self.seconds = Histogram(
@@ -153,12 +171,14 @@ class Metrics:
         if request is not None:
             self.tokens.labels(model, "prompt").inc(record.prompt_tokens)
             self.tokens.labels(model, "completion").inc(record.new_tokens)
+            self.cached_tokens.labels(model).inc(record.cached_tokens)
             self.seconds.labels(model).observe(seconds)
             line |= {
                 "first_token_seconds": None,
                 "answers": len(request.sequences),
                 "complete": request.complete and not request.error,
                 "prompt_tokens": record.prompt_tokens,
+                "cached_tokens": record.cached_tokens,
                 "completion_tokens": record.new_tokens,
             }
             if request.first_token is not None:

@@ -30,10 +30,17 @@ TokenSpeller = Callable[[int], tuple[str, list[int] | None]]  # see `token_text`
 # Schemas
 
 
+class PromptTokensDetails(BaseModel):
+    """`cached_tokens` of the prompt were not computed again: it begins like an earlier one."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class Logprobs(BaseModel):

@@ -150,7 +150,10 @@ class ResponsesUsage(BaseModel):
     def of_usage(cls, usage: Usage) -> "ResponsesUsage":
         return cls(
             input_tokens=usage.prompt_tokens,
-            input_tokens_details={"cached_tokens": 0, "cache_write_tokens": 0},
+            input_tokens_details={
+                "cached_tokens": usage.prompt_tokens_details.cached_tokens,
+                "cache_write_tokens": 0,
+            },
             output_tokens=usage.completion_tokens,
             total_tokens=usage.total_tokens,
         )

@@ -64,7 +64,8 @@ class Scheduler:
         engine: used by this scheduler's thread alone once `start` was called.
         max_batch: sequences that run at once.
         max_waiting: sequences that may wait beyond those.
-        max_cache_tokens: size of the KV cache, as sequences times the longest one.
+        max_cache_tokens: size of the KV cache; sequences run at once if they fit into it at their full
+            lengths.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class Scheduler:
             ServerClosingError: `close` was called.
             ContextLengthError: a sequence is longer than the KV cache.
         """
-        longest = max(map(_max_length, request.sequences))
+        longest = max(sequence.max_length for sequence in request.sequences)
         if longest > self.max_cache_tokens:
             raise ContextLengthError(
                 f"Prompt and max_tokens add up to {longest:,} tokens, but the KV cache of this "
@@ -254,13 +255,12 @@ class Scheduler:
         new: list[Sequence] = []
         if not self._running:
             self._last_end = time.monotonic()
-        longest = max(map(_max_length, self._running), default=0)
         while self._queue and len(self._running) < self.max_batch:
             model, queue = next(iter(self._queue.items()))
             request = queue[0]
             sequence = request.sequences[request.admitted]
-            longest = max(longest, _max_length(sequence))
-            if self._running and longest * (len(self._running) + 1) > self.max_cache_tokens:
+            needed = self.engine.cache_tokens([*self._running, sequence])
+            if self._running and needed > self.max_cache_tokens:
                 break
             queue.popleft()
             request.admitted += 1
@@ -289,8 +289,3 @@ class Scheduler:
                 del self._running[sequence]
             if ended:
                 self._last_end = now
-
-
-def _max_length(sequence: Sequence) -> int:
-    """The largest number of tokens of a sequence, prompt included."""
-    return len(sequence.prompt_ids) + int(sequence.max_new_tokens)

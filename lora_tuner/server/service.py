@@ -122,14 +122,16 @@ class ModelService:
         self.name = display_name(self.base.files.name)  # it may be a path
         self.only = {path.name: path for path in only}
         self.created = int(time.time())
+        cache_tokens = free_memory(self.base.device) // generator.engine.kv_bytes_per_token
         self.scheduler = Scheduler(
             generator.engine,
             max_batch=settings.max_batch,
             max_waiting=settings.max_waiting,
-            # A quarter: a growing cache is copied, and prefill has a cache of its own.
-            max_cache_tokens=free_memory(self.base.device) // 4 // generator.engine.kv_bytes_per_token,
+            # A quarter: a growing cache of transformers is copied, and prefill has a cache of its own.
+            max_cache_tokens=cache_tokens // 4,
         )
         self._grammars = GrammarCompiler(self.base)
+        generator.engine.keep_prefixes(cache_tokens // 16)
         self._layer_sizes = layer_sizes(generator.engine.multi_lora.layers)
         self._base_model = ServedModel(self.name)
         self._models: dict[Path, tuple[FolderIdentity, ServedModel]] = {}  # as they were last read

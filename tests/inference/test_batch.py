@@ -5,13 +5,11 @@ import random
 import weakref
 
 import pytest
-import torch
 
 from lora_tuner import Generator, ModelOptions, SamplingParams
-from lora_tuner.inference.cpu_decoder import CpuDecoder, KVCache
+from lora_tuner.inference.cpu_decoder import CpuDecoder
 from lora_tuner.inference.sequence import Sequence
 
-from .. import tiny_models
 from .test_multi_lora import save_peft_adapter
 
 PROMPTS = [
@@ -247,61 +245,3 @@ def test_max_resident_drops_least_recently_used(model_folder, tmp_path):
     for name, output in zip(names, outputs, strict=True):
         generator.set_adapter(name)
         assert generator.generate("so", sampling) == output
-
-
-@pytest.fixture
-def decoder(model_folder):
-    return Generator(options=ModelOptions(base=str(model_folder), device="cpu")).engine.cpu_decoder
-
-
-def test_kv_cache_rows_match_solo_logits(decoder):
-    draw = random.Random(0)
-    texts = torch.randint(1, 300, (12, 100), generator=torch.Generator().manual_seed(0))
-
-    def solo_logits(text, count):
-        return decoder.forward(texts[text : text + 1, :count], KVCache(decoder, 1, count, [0]))[0, -1]
-
-    with torch.inference_mode():
-        rows, counts, cache, remaining = [], [], None, iter(range(12))  # rows: the text in each row
-        for turn in range(60):
-            if (turn % 5 == 0 or not rows) and (text := next(remaining, None)) is not None:
-                count = draw.choice([1, 2, 30])
-                added = KVCache(decoder, 1, count, [0])
-                decoder.forward(texts[text : text + 1, :count], added)
-                if cache is None:
-                    cache = added
-                else:
-                    cache.append_rows(added)
-                rows, counts = [*rows, text], [*counts, count]
-            if not rows:
-                break
-            inputs = torch.stack([texts[text, [count]] for text, count in zip(rows, counts, strict=True)])
-            logits = decoder.forward(inputs, cache)
-            counts = [count + 1 for count in counts]
-            for row, (text, count) in enumerate(zip(rows, counts, strict=True)):
-                torch.testing.assert_close(logits[row, 0], solo_logits(text, count), atol=1e-4, rtol=1e-4)
-            kept = [row for row, count in enumerate(counts) if count <= 40]
-            if len(kept) < len(rows):
-                rows, counts = [rows[row] for row in kept], [counts[row] for row in kept]
-                if kept:
-                    cache.keep_rows(kept)
-                else:
-                    cache = None
-    assert tiny_models.CONTEXT > 41
-
-
-def test_kv_cache_shrinks_after_long_rows(decoder):
-    with torch.inference_mode():
-        cache = KVCache(decoder, 1, 100, [0])
-        decoder.forward(torch.ones(1, 100, dtype=torch.int64), cache)
-        for _ in range(9):
-            added = KVCache(decoder, 1, 4, [0])
-            decoder.forward(torch.ones(1, 4, dtype=torch.int64), added)
-            cache.append_rows(added)
-        cache.keep_rows(range(1, 10))
-        for _ in range(9):
-            added = KVCache(decoder, 1, 4, [0])
-            decoder.forward(torch.ones(1, 4, dtype=torch.int64), added)
-            cache.append_rows(added)
-    rows, length = cache.kv.shape[2], cache.kv.shape[4]
-    assert rows * length <= 1.25**2 * 18 * 4

@@ -7,7 +7,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from lora_tuner import Generator, ModelOptions, SamplingParams
-from lora_tuner.inference.cpu_decoder import CpuDecoder, KVCache
+from lora_tuner.inference.cpu_decoder import CpuDecoder
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
 
@@ -27,13 +27,13 @@ def test_prefill_and_decode_match_transformers(base):
     decoder = CpuDecoder.for_base(base)
     with torch.inference_mode():
         expected = base.model(ids, use_cache=False).logits
-        cache = KVCache(decoder, 3, 20, [0, 0, 0])
+        cache = decoder.new_cache([0, 0, 0])
         found = [
             decoder.forward(ids[:, :7], cache),
             *(decoder.forward(ids[:, i : i + 1], cache) for i in range(7, 20)),
         ]
     torch.testing.assert_close(torch.cat(found, 1), expected, atol=2e-5, rtol=1e-5)
-    assert cache.used == 20
+    assert cache.lengths == [20] * 3
 
 
 def test_bfloat16_is_closer_to_float32_than_transformers(model_folder):
@@ -41,7 +41,7 @@ def test_bfloat16_is_closer_to_float32_than_transformers(model_folder):
     exact = copy.deepcopy(base.model).float()
     ids = torch.randint(1, 300, (3, 20), generator=torch.Generator().manual_seed(0))
     decoder = CpuDecoder.for_base(base)
-    cache = KVCache(decoder, 3, 20, [0, 0, 0])
+    cache = decoder.new_cache([0, 0, 0])
     with torch.inference_mode():
         expected, theirs = (model(ids, use_cache=False).logits for model in (exact, base.model))
         found = [
@@ -56,7 +56,7 @@ def test_left_padding_keeps_logits(base):
     decoder = CpuDecoder.for_base(base)
     padded = torch.cat([torch.cat([torch.zeros(1, 5, dtype=torch.int64), ids[:, :7]], 1), ids])
     with torch.inference_mode():
-        both, alone = KVCache(decoder, 2, 13, [5, 0]), KVCache(decoder, 1, 8, [0])
+        both, alone = decoder.new_cache([5, 0]), decoder.new_cache([0])
         found = [decoder.forward(padded, both)[:1, -1], decoder.forward(ids[:1, 7:8].repeat(2, 1), both)[:1, -1]]
         expected = [decoder.forward(ids[:, :7], alone)[:, -1], decoder.forward(ids[:, 7:8], alone)[:, -1]]
     torch.testing.assert_close(torch.cat(found), torch.cat(expected), atol=2e-5, rtol=1e-5)
@@ -66,7 +66,7 @@ def test_single_row_matches_batch(base):
     """A single token uses a separate implementation of RMSNorm."""
     decoder = CpuDecoder.for_base(base)
     with torch.inference_mode():
-        together, single = KVCache(decoder, 2, 4, [0, 0]), KVCache(decoder, 1, 4, [0])
+        together, single = decoder.new_cache([0, 0]), decoder.new_cache([0])
         for token in (5, 17, 230):
             both = decoder.forward(torch.tensor([[token], [token]]), together)
             torch.testing.assert_close(
@@ -100,7 +100,7 @@ def test_biases_and_grouped_query_attention(tmp_path):
     decoder = CpuDecoder.for_base(base)
     ids = torch.arange(1, 15)[None]
     with torch.inference_mode():
-        found = decoder.forward(ids, KVCache(decoder, 1, 14, [0]))
+        found = decoder.forward(ids, decoder.new_cache([0]))
         torch.testing.assert_close(found, base.model(ids).logits, atol=2e-5, rtol=1e-5)
 
 
@@ -108,8 +108,8 @@ def test_last_only_gives_last_logits(base):
     ids = torch.randint(1, 300, (2, 9), generator=torch.Generator().manual_seed(0))
     decoder = CpuDecoder.for_base(base)
     with torch.inference_mode():
-        whole = decoder.forward(ids, KVCache(decoder, 2, 9, [0, 0]))
-        last = decoder.forward(ids, KVCache(decoder, 2, 9, [0, 0]), last_only=True)
+        whole = decoder.forward(ids, decoder.new_cache([0, 0]))
+        last = decoder.forward(ids, decoder.new_cache([0, 0]), last_only=True)
     assert last.shape == (2, 1, 320)
     torch.testing.assert_close(last[:, 0], whole[:, -1], atol=2e-5, rtol=1e-5)
 

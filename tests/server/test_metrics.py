@@ -78,6 +78,31 @@ def test_metrics_count_requests_and_tokens(gpt2, adapters_dir):
     assert not any("nobody" in label or "xxx" in label for labels in metrics for label in labels)
 
 
+def test_cached_prompt_tokens_are_counted(gpt2, adapters_dir, lines):
+    """Of prompts that begin like earlier ones of the same model; the answers are those without."""
+    opening = "the actor never works. " * 6
+    with api_server.serving(gpt2, adapters_dir) as served:
+        settings = {"temperature": 0, "max_tokens": 5}
+        answers = [
+            served.post("/v1/completions", model=model, prompt=opening + end, **settings).json()
+            for model, end in (("a", "so"), ("a", "her voice"), ("gpt2", "so"), ("a", "so"))
+        ]
+        stream = {"stream": True, "stream_options": {"include_usage": True}}
+        streamed = served.post("/v1/completions", model="a", prompt=opening + "so", **settings, **stream)
+        metrics = samples(served)
+        served.wait(lambda: len(lines()) == 6)
+    cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
+    assert cached[0] == cached[2] == 0
+    assert 16 <= cached[1] <= cached[3]
+    assert answers[3]["choices"] == answers[0]["choices"]
+    expected = api_server.greedy(gpt2, adapters_dir, "a", opening + "her voice", 5).text
+    assert answers[1]["choices"][0]["text"] == expected
+    assert f'"cached_tokens":{cached[3]}' in streamed.text
+    assert [line["cached_tokens"] for line in lines()[:5]] == [*cached, cached[3]]
+    assert metrics["lora_tuner_cached_prompt_tokens_total", "a"] == sum(cached) + cached[3]
+    assert metrics["lora_tuner_cached_prompt_tokens_total", "gpt2"] == 0
+
+
 def test_metrics_show_queue_length(gpt2, adapters_dir):
     with (
         api_server.serving(gpt2, adapters_dir, max_batch=1) as served,

@@ -133,7 +133,10 @@ def test_neutral_values_are_accepted(served, path, fields):
     for values in (first, last, other | {"stop": ["", ""]}, other):
         response = served.post(path, **request | limit | values)
         assert response.status_code == 200, response.text
-        assert (response.json()["choices"], response.json()["usage"]) == (expected["choices"], expected["usage"])
+        answer = response.json()
+        for each in (answer, expected):
+            each["usage"].pop("prompt_tokens_details", None)  # the first has computed what others find
+        assert (answer["choices"], answer["usage"]) == (expected["choices"], expected["usage"])
 
 
 def test_neutral_values_are_documented():
