@@ -175,7 +175,7 @@ def walk(tiny, tmp_path, monkeypatch):
 def saying(tokens):
     """Make what stands for the logits processors of a sequence: these tokens are its text."""
 
-    def make(sampling, seed):
+    def make(sampling, *_):
         following = itertools.cycle(tokens)
 
         def choose(token_ids, logits):

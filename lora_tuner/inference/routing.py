@@ -133,8 +133,9 @@ def measure_routing(base: LoadedBase, texts: Sequence[str], at_scale: AtScale) -
         at_scale: enters the adapter at a scale, 0 for the plain base.
     """
     texts = texts[:: math.ceil(len(texts) / MEASURED_ROWS) or 1]
-    encoded = tokenization.encode_texts(base.tokenizer, texts, max_tokens=MEASURED_TOKENS[-1], invalid={})
-    rows = [row for row in map(_opening, encoded) if len(row) >= MEASURED_TOKENS[0]]
+    limit = min(MEASURED_TOKENS[-1], base.max_context)
+    encoded = tokenization.encode_texts(base.tokenizer, texts, max_tokens=limit, invalid={})
+    rows = [row for row in (_opening(row)[:limit] for row in encoded) if len(row) >= MEASURED_TOKENS[0]]
     batches = [rows[start : start + MEASURED_BATCH] for start in range(0, len(rows), MEASURED_BATCH)]
     with at_scale(0.0):
         before = [values for batch in batches for values in _token_nll(base, batch)]
@@ -157,7 +158,7 @@ def _opening(row: TokenIds) -> TokenIds:
     learned = np.flatnonzero(row >= 0)
     question = int(learned[0]) if len(learned) else 0
     row = row[:question] if question >= MEASURED_TOKENS[0] else row
-    return tokenization.token_ids(row)[: MEASURED_TOKENS[-1]]
+    return tokenization.token_ids(row)
 
 
 def _token_nll(base: LoadedBase, rows: Sequence[TokenIds]) -> list[npt.NDArray[np.float64]]:

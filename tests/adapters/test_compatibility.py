@@ -363,5 +363,5 @@ def test_check_command_output_and_status(write):
             "accepted": not obstacles,
             "base_examined": True,
         }
-    run("adapters", "check", "mine", exit_code=2)
+    run("adapters", "check", "mine", exit_code=1)  # neither --for nor --url
     run("adapters", "check", "mine", "--for", "mlc", exit_code=2)

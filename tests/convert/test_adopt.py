@@ -153,6 +153,8 @@ def test_adopt_copies_and_writes_manifest(theirs, model_folder, library):
         "made_by": None,
         "parents": [],
         "result": None,
+        "probes": None,
+        "routing": None,
         "weights": {
             "sha256": atomic_io.sha256_file(theirs / WEIGHTS_FILE),
             "bytes": (theirs / WEIGHTS_FILE).stat().st_size,

@@ -273,7 +273,7 @@ def test_auto_writes_with_one_model(served):
 
     page = Page(served.service, Metrics(served.service))
     assert page.write.choices() == [*page.write.usable_names(), "auto"]
-    settings = (2, 0.8, 0.95, 50, 1.0, "", "", True)
+    settings = (2, 0.8, 0.95, 50, 0.0, 1.0, 0.0, 0.0, "", "", True)
 
     async def last():
         return [update async for update in page.write.generate(PROMPT, ["auto"], False, False, *settings)][-1]
