@@ -107,7 +107,7 @@ def test_auto_without_call_is_text(served):
     deltas = [event["choices"][0]["delta"] for event in events(ask(served, stream=True, **body).text)]
     assert [delta.get("role") for delta in deltas] == ["assistant", *[None] * (len(deltas) - 1)]
     assert "".join(delta["content"] for delta in deltas) == choice["message"]["content"]
-    assert len(deltas) > 2
+    assert len(deltas) >= 2  # the first before the end, however many steps come at once
 
 
 def test_conversation_goes_on_with_results(client):
