@@ -6,7 +6,7 @@ is already out.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from functools import lru_cache, partial
 from urllib.parse import quote
@@ -155,7 +155,7 @@ async def generate(
 
     def to_json() -> str:
         fields.usage = usage_of(record)
-        outputs = next_deltas(readers())
+        outputs = _next_deltas(readers())
         return endpoint.response(fields, outputs, spell).model_dump_json()
 
     # Many log-probabilities take long to format, which would hold up other connections.
@@ -174,9 +174,24 @@ def _choose_best(sequences: list[Sequence], candidates: int, n: int) -> list[Seq
     return chosen
 
 
-def next_deltas(readers: list[OutputReader]) -> dict[int, OutputDelta]:
+def _next_deltas(readers: list[OutputReader]) -> dict[int, OutputDelta]:
     deltas = {index: reader.next_delta() for index, reader in enumerate(readers)}
     return {index: delta for index, delta in deltas.items() if delta is not None}
+
+
+async def follow(
+    service: ModelService, request: Request, readers: list[OutputReader]
+) -> AsyncGenerator[tuple[int, OutputDelta], None]:
+    """Yield new output with its index until all are complete. Closing the generator cancels the request.
+
+    Raises the error of the request.
+    """
+    async with aclosing(service.watch(request)) as updates:
+        async for _ in updates:
+            if request.error is not None:
+                raise request.error
+            for delta in _next_deltas(readers).items():
+                yield delta
 
 
 async def _wait_for(service: ModelService, request: Request, http_request: HTTPRequest) -> bool:
@@ -225,14 +240,11 @@ async def _server_sent_events(
     if options.include_usage:
         fields.usage = None  # in every chunk but the last
     try:
-        async with aclosing(service.watch(request)) as updates:
-            async for _ in updates:
-                if request.error is not None:
-                    raise request.error
-                for index, delta in next_deltas(readers).items():
-                    if options.continuous_usage_stats:
-                        fields.usage = usage_of(record)
-                    yield event({index: delta})
+        async with aclosing(follow(service, request, readers)) as deltas:
+            async for index, delta in deltas:
+                if options.continuous_usage_stats:
+                    fields.usage = usage_of(record)
+                yield event({index: delta})
     except Exception as error:
         failure = await lora_tuner_error(service, http_request, error)
         yield f"data: {bytes(failure.body).decode()}\n\n"

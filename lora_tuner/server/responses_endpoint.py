@@ -20,7 +20,7 @@ from starlette.responses import Response
 from ..errors import ContextLengthError, RequestError
 from . import neutral
 from .fields import TEXT, TEXTS, Name, RequestModel, Text, text_or_list
-from .generate import generate, lora_tuner_error, next_deltas, usage_of
+from .generate import follow, generate, lora_tuner_error, usage_of
 from .protocol import ChatRequest, Count, RequestMessage, StreamOptions
 from .responses import EndpointFormat, OutputDelta, OutputReader, ResponseFields, TokenSpeller, Usage
 from .scheduler import Request
@@ -273,14 +273,11 @@ async def _events(
     yield event("response.content_part.added", **place, part=OutputText(text="").model_dump())
     text, cut = "", False
     try:
-        async with aclosing(service.watch(request)) as updates:
-            async for _ in updates:
-                if request.error is not None:
-                    raise request.error
-                for delta in next_deltas(readers).values():
-                    text, cut = text + delta.text, _is_cut(delta)
-                    if delta.text:
-                        yield event("response.output_text.delta", **place, delta=delta.text, logprobs=[])
+        async with aclosing(follow(service, request, readers)) as deltas:
+            async for _, delta in deltas:
+                text, cut = text + delta.text, _is_cut(delta)
+                if delta.text:
+                    yield event("response.output_text.delta", **place, delta=delta.text, logprobs=[])
     except Exception as error:
         failure = json.loads(bytes((await lora_tuner_error(service, http_request, error)).body))["error"]
         failed = _response(body, fields, text, "failed")
