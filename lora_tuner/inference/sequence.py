@@ -126,8 +126,9 @@ class Sequence:
         if not scores[token].isfinite():  # argmax of NaN would be the first token
             self._fail_not_finite()
             return token
-        if self.ranked:
-            self._logprob_sum += self._token_logprobs([token], logits[None])[0].logprob
+        wanted = self.ranked or self.top_logprobs is not None
+        logprobs = self._token_logprobs([token], logits[None]) if wanted else []
+        self._logprob_sum += sum(each.logprob for each in logprobs)
         if token in self._end_token_ids:
             self.hit_eos = True
         else:
@@ -136,7 +137,7 @@ class Sequence:
             self.token_ids[0, self.length] = token
             self.output_ids.append(token)
             if self.top_logprobs is not None:  # before its text, for concurrent readers
-                self.logprobs += self._token_logprobs([token], logits[None])
+                self.logprobs += logprobs
             self.detokenizer.append(token)
             if self.constraint is not None and self.constraint.advance(token):
                 self.hit_eos = True  # nothing else may follow
@@ -163,7 +164,7 @@ class Sequence:
 
     @property
     def mean_logprob(self) -> float:
-        """Mean log-probability of the tokens of a `ranked` output, one that ends it included."""
+        """Mean log-probability of the tokens of a `ranked` output, in nats, one that ends it included."""
         return self._logprob_sum / max(1, len(self.output_ids) + self.hit_eos)
 
     def _fail_not_finite(self) -> None:
