@@ -13,7 +13,8 @@ from ..errors import LoraTunerError, RequestError
 from ..inference.multi_lora import LoadedAdapter
 from ..inference.routing import Candidate, Choice, choose, score_prompt
 from .metrics import Metrics
-from .service import ModelService, Prompt
+from .prompts import Prompt
+from .service import ModelService
 
 MAX_CONVERSATIONS = 10_000  # whose model is remembered
 

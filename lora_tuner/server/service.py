@@ -7,13 +7,11 @@ one base; those trained on another are listed with the reason why they cannot be
 """
 
 import asyncio
-import contextlib
 import copy
-import json
 import os
 import re
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,13 +25,11 @@ from ..adapters.adapter import Adapter
 from ..adapters.library import FolderIdentity, folder_identity, read_consistently
 from ..config import AUTO_MODEL, RESERVED_NAME, SamplingParams, ServerConfig
 from ..data.call_format import CallFormat, learn_call_format
-from ..data.chat import FullMessage, iter_texts
-from ..data.chat_template import render_prompt, special_tokens
+from ..data.chat import iter_texts
 from ..errors import (
     AdapterError,
     ContextLengthError,
     DataError,
-    GenerationError,
     RequestError,
     UnknownModelError,
     ignore_events,
@@ -47,11 +43,11 @@ from ..models import lora
 from ..models.layers import layer_sizes
 from ..models.memory import free_memory
 from ..text import display_name
+from .prompts import Prompt, PromptEncoder, prompt_size
 from .scheduler import Request, Scheduler
 from .tools import ToolUse
 
 T = TypeVar("T")
-Prompt = str | list[int] | tuple[FullMessage, ...]  # text, token ids, or a conversation
 _FOLDER_PATHS = re.compile(
     r"""(?<![\w./~-])(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?=[^\s/\\])(?:[^\s/\\:;,'"()]+[/\\])*"""
 )
@@ -130,6 +126,7 @@ class ModelService:
             # A quarter: a growing cache of transformers is copied, and prefill has a cache of its own.
             max_cache_tokens=cache_tokens // 4,
         )
+        self.prompts = PromptEncoder(generator, self.name)
         self._grammars = GrammarCompiler(self.base)
         generator.engine.keep_prefixes(cache_tokens // 16)
         self._layer_sizes = layer_sizes(generator.engine.multi_lora.layers)
@@ -227,14 +224,14 @@ class ModelService:
     ) -> list[list[int]]:
         """Return the token ids of prompts; those of a conversation end where the answer begins.
 
-        An adapter with a tokenizer of its own has its chat template applied. Raises what `encode`
-        raises.
+        An adapter with a tokenizer of its own has its chat template applied. Raises what
+        `PromptEncoder.encode` raises.
         """
-        size = sum(map(_prompt_size, prompts)) + sum(map(len, iter_texts(tools.for_template() if tools else [])))
+        size = sum(map(prompt_size, prompts)) + sum(map(len, iter_texts(tools.for_template() if tools else [])))
 
         def encode_prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
             vocab_size = lora.vocab_size if lora else 0
-            return [self.encode(prompt, tokenizer, vocab_size, tools) for prompt in prompts]
+            return [self.prompts.encode(prompt, tokenizer, vocab_size, tools) for prompt in prompts]
 
         return await self.run_with_tokenizer(size, lora, encode_prompts)
 
@@ -254,51 +251,6 @@ class ModelService:
             copies[lora] = copy.deepcopy(lora.tokenizer)
         return copies[lora]
 
-    def encode(
-        self,
-        prompt: Prompt,
-        tokenizer: PreTrainedTokenizerBase,
-        vocab_size: int = 0,
-        tools: ToolUse | None = None,
-    ) -> list[int]:
-        """Return the token ids of one prompt; `vocab_size` is that of the adapter, 0 for the base's.
-
-        Raises GenerationError when it leaves no room in the context, holds invalid token ids, or
-        the base has no chat template; RequestError when a message spells a special token, which the
-        template would take for its own.
-        """
-        if isinstance(prompt, str):
-            return self.generator.encode_prompt(prompt, tokenizer, vocab_size).token_ids
-        if isinstance(prompt, tuple):
-            template_tools = tools.for_template() if tools else None
-            with self._field_of_error(prompt, tools, tokenizer):
-                prompt = self.generator.encode_prompt(prompt, tokenizer, vocab_size, template_tools).token_ids
-        count = vocab_size or self.base.vocab_size
-        if not prompt or not all(0 <= token < count for token in prompt):
-            raise GenerationError(f"prompt: give at least one token id, each from 0 to {count - 1:,}.")
-        return self.generator.check_fits_context(prompt, vocab_size)
-
-    def render(
-        self, messages: tuple[FullMessage, ...], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool
-    ) -> str:
-        """Return a conversation as the model reads it. Raises what `encode` raises, but for lengths."""
-        with self._field_of_error(messages, None, tokenizer):
-            return render_prompt(tokenizer, messages, add_generation_prompt=add_generation_prompt)
-
-    @contextlib.contextmanager
-    def _field_of_error(
-        self, messages: tuple[FullMessage, ...], tools: ToolUse | None, tokenizer: PreTrainedTokenizerBase
-    ) -> Iterator[None]:
-        """Name the field of a conversation that the chat template cannot take."""
-        if not tokenizer.chat_template:
-            raise GenerationError(f"{self.name} has no chat template: use the completions endpoint instead.")
-        try:
-            yield
-        except DataError as error:
-            field = _find_special_token(messages, tools, tokenizer)
-            text = str(error).replace("A message", field).replace("this base", self.name)
-            raise RequestError(text, field) from error
-
     def hide_paths(self, text: str) -> str:
         """Remove the folders of this machine from a message."""
         for folder in (self.generator.library.path, *(path.parent for path in self.only.values())):
@@ -316,7 +268,7 @@ class ModelService:
         """Find the adapter, tokenize the prompts and compile the grammar of the outputs; meanwhile
         `n` queue slots for each prompt are reserved.
 
-        Raises what `find_adapter`, `encode`, `GrammarCompiler.compile` and `Scheduler.reserve` raise.
+        Raises what `find_adapter`, `PromptEncoder.encode`, `GrammarCompiler.compile` and `Scheduler.reserve` raise.
         """
         with self.scheduler.reserve(n * len(prompts)):
             adapter, lora = await self.find_adapter(model)
@@ -422,27 +374,3 @@ class ModelService:
             for request in requests:
                 request.wake = lambda: None  # the loop may be closed by the time it is called
                 self.scheduler.cancel(request)
-
-
-def _prompt_size(prompt: Prompt) -> int:
-    """Return the characters of a text or conversation, or the number of token ids."""
-    if isinstance(prompt, tuple):
-        return sum(map(len, iter_texts(list(prompt))))
-    return len(prompt)
-
-
-def _find_special_token(
-    messages: Sequence[FullMessage], tools: ToolUse | None, tokenizer: PreTrainedTokenizerBase
-) -> str:
-    """Return the field of a request whose text spells a special token, else "messages"."""
-    fields = {
-        f"messages[{number}].{key}": value
-        for number, message in enumerate(messages)
-        for key, value in message.items()
-    }
-    fields |= {"tools": tools.for_template()} if tools else {}
-    for field, value in fields.items():
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        if any(token in text for token in special_tokens(tokenizer)):
-            return field
-    return "messages"

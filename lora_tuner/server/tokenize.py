@@ -15,9 +15,10 @@ from ..errors import RequestError
 from ..inference.multi_lora import LoadedAdapter
 from . import neutral
 from .fields import Name, RequestModel, Text
+from .prompts import Prompt
 from .protocol import MessageList, RequestMessage, TokenId
 from .responses import EchoedPrompt
-from .service import ModelService, PreparedRequest, Prompt
+from .service import ModelService, PreparedRequest
 
 DECODE_COST = 32  # a token that is decoded alone takes as long as so many that are encoded
 
@@ -72,13 +73,13 @@ class DetokenizeResponse(BaseModel):
 
 
 async def tokenize(service: ModelService, body: TokenizeRequest) -> TokenizeResponse:
-    """Return token ids. Raises what `ModelService.find_adapter` and `ModelService.render` raise."""
+    """Return token ids. Raises what `ModelService.find_adapter` and `PromptEncoder.render` raise."""
     _, lora = await service.find_adapter(body.model or service.name)
     text, messages = body.prompt or "", tuple(message.message for message in body.messages or ())
 
     def encode(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[str] | None]:
         if body.messages is not None:
-            rendered = service.render(messages, tokenizer, body.add_generation_prompt is not False)
+            rendered = service.prompts.render(messages, tokenizer, body.add_generation_prompt is not False)
             token_ids = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
         elif body.add_special_tokens is False:
             settings = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}

@@ -47,7 +47,7 @@ def samples(served):
 
 def test_metrics_count_requests_and_tokens(gpt2, adapters_dir):
     with api_server.serving(gpt2, adapters_dir) as served:
-        prompt_tokens = len(served.service.encode(PROMPT, served.service.base.tokenizer))
+        prompt_tokens = len(served.service.prompts.encode(PROMPT, served.service.base.tokenizer))
         for model, count in (("a", 2), ("gpt2", 1)):
             for _ in range(count):
                 served.post("/v1/completions", model=model, prompt=PROMPT, n=2, temperature=0, max_tokens=5)
@@ -126,7 +126,7 @@ def test_log_line_holds_no_prompt(served, lines):
     served.post("/v1/completions", stream=True, **body)
     served.post("/v1/completions", **body | {"n": 0})
     served.post("/v1/completions", **body | {"model": "nobody"})
-    tokens = len(served.service.encode(SECRET, served.service.base.tokenizer))
+    tokens = len(served.service.prompts.encode(SECRET, served.service.base.tokenizer))
     served.wait(lambda: len(lines()) == 4)
     good, streamed, bad, unknown = lines()
     assert good["id"] == response.headers["x-request-id"] == response.json()["id"].removeprefix("cmpl-")

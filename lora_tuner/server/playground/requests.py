@@ -13,8 +13,9 @@ from ...inference.multi_lora import LoadedAdapter
 from ...text import format_names
 from ..auto import AutoModel
 from ..metrics import Metrics, RequestRecord
+from ..prompts import Prompt
 from ..scheduler import Request
-from ..service import ModelService, PreparedRequest, Prompt
+from ..service import ModelService, PreparedRequest
 
 FRAME_SECONDS = 0.03  # between two updates of the page
 ModelOutput = Request | str  # a request, or why there is none
