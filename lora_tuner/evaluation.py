@@ -201,10 +201,10 @@ def held_out_losses(
     multi_lora = MultiLora(base)
     losses: list[list[LossPair | None]] = []
     for number, (name, adapter) in enumerate(adapters.items(), 1):
-        key = _loss_key(adapter)
+        key = weights_key(adapter)
         loaded = multi_lora.load(adapter)
         adapter_context = partial(multi_lora.apply_hooks, multi_lora.hooks([loaded]))
-        if _loss_key(adapter) != key:
+        if weights_key(adapter) != key:
             raise AdapterError(f"{name} was replaced while it was loaded: evaluate it again.")
         tokenizer = load_adapter_tokenizer(adapter, base, replace(options, notify=notify))
         # The base is measured on the adapter's rows, so that losses can be paired.
@@ -432,7 +432,7 @@ def gain_on(rows: Sequence[int], base: HeldOutLoss, adapter: HeldOutLoss) -> Eva
 
 def cache_adapter_loss(base: LoadedBase, rows: Sequence[TokenIds], adapter: Adapter, loss: HeldOutLoss) -> None:
     """Keep the loss that training has measured, so that evaluation need not measure it again."""
-    _measure_cached(base, rows, _loss_key(adapter), lambda: loss)
+    _measure_cached(base, rows, weights_key(adapter), lambda: loss)
 
 
 def cached_rows(adapter: Adapter, notify: EventHandler = ignore_events) -> EvalSet:
@@ -524,7 +524,7 @@ def _measure_cached(
 ) -> HeldOutLoss:
     """The loss from the user's cache, else from `measure`.
 
-    `adapter_key` is that of `_loss_key`, None for the base. The tokenizer does not count, as its
+    `adapter_key` is that of `weights_key`, None for the base. The tokenizer does not count, as its
     token ids do.
     """
     identity: list[object] = [
@@ -556,7 +556,7 @@ def _cached_loss(path: Path, notify: EventHandler) -> HeldOutLoss | None:
     return cached if cached is None else HeldOutLoss(cached["nll"], cached["predictions"])
 
 
-def _loss_key(adapter: Adapter) -> list[object]:
+def weights_key(adapter: Adapter) -> list[object]:
     """Cache key of an adapter: sha256 of its weights file as it is now, and its scaling."""
     try:
         digest = atomic_io.sha256_file(adapter.path / WEIGHTS_FILE)

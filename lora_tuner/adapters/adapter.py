@@ -4,7 +4,6 @@ An adapter is a PEFT folder plus `manifest.json`, its origin. The adapted layers
 tensor names, not of the config's patterns; `peft_config` checks the other settings.
 """
 
-import json
 import math
 import os
 import re
@@ -24,6 +23,8 @@ from .manifest import Manifest, ParentInfo, WeightsInfo
 from .peft_config import CONFIG_FILE as CONFIG_FILE
 from .peft_config import WEIGHTS_FILE as WEIGHTS_FILE
 from .replaced import ReplacedNames, find_replaced
+from .report import REPORT_FILE, AdapterReport, read_report
+from .safetensors_header import read_json
 from .samples import SAMPLES_FILE, Sample, read_samples
 
 MANIFEST_FILE, RUN_FILE, CARD_FILE = "manifest.json", "run.yaml", "README.md"
@@ -33,7 +34,6 @@ TOKENIZER_FILES = (  # that other tools save beside an adapter
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"),
 )
 _MAX_PATTERN_MATCHES = 300_000  # pattern keys times layers: every key is tried on every layer
-_MAX_JSON_BYTES = 1_000_000  # of a config or manifest; parsed, it can take thirty times the memory
 _TENSOR = re.compile(
     r"base_model\.model\.(?P<module>(?=.{1,260}$)\w+(?:\.\w+){0,19})\."
     r"(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)",
@@ -64,6 +64,11 @@ class Adapter:
     def samples(self) -> list[Sample]:
         """Texts of base and adapter for the same prompts, from start to end of its training."""
         return read_samples(self.path / SAMPLES_FILE)
+
+    @cached_property
+    def report(self) -> AdapterReport | None:
+        """What a report has measured of these weights. Raises AdapterError for a damaged one."""
+        return read_report(self.path / REPORT_FILE, self.sha256)
 
     @property
     def rank(self) -> int:
@@ -310,6 +315,10 @@ def verify_adapter(adapter: Adapter) -> list[str]:
         ]
     if adapter.added_tokens and not any((adapter.path / name).is_file() for name in TOKENIZER_FILES):
         problems.append("the tokenizer with its added tokens is missing")
+    try:
+        read_report(adapter.path / REPORT_FILE, adapter.sha256)
+    except AdapterError as error:
+        problems.append(str(error).rstrip("."))
     return problems
 
 
@@ -333,25 +342,6 @@ def verify_weights(adapter: Adapter) -> list[str]:
         if weights and weights.config not in (None, atomic_io.sha256_file(adapter.path / CONFIG_FILE)):
             problems.append(f"{CONFIG_FILE} does not match its hash in {MANIFEST_FILE}")
     return problems
-
-
-def read_json(path: Path) -> object:
-    """Read a small JSON file of a stranger. Raises AdapterError."""
-    try:
-        if path.exists() and not path.is_file():  # reading a pipe would block forever
-            raise AdapterError(f"{path} is not a regular file.")
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise AdapterError(f"{path} is too large: at most {_MAX_JSON_BYTES:,} bytes are read.")
-        data = path.read_bytes()
-        if data.startswith(safetensors_header.LFS_POINTER):
-            raise AdapterError(f"{path} is a Git LFS pointer: run `git lfs pull` to fetch the file.")
-        value: object = json.loads(data.decode("utf-8"))
-        json.dumps(value, ensure_ascii=False).encode()  # rejects lone surrogates
-        return value
-    except FileNotFoundError as error:
-        raise AdapterError(f"{path.parent} has no {path.name}: it is incomplete or not an adapter.") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is not readable as JSON: {error}.") from error
 
 
 def _tensor_problems(adapter: Adapter) -> list[str]:

@@ -13,7 +13,8 @@ from typing import Any
 from .. import atomic_io, hub
 from ..config import EMBEDDED_BASE
 from ..errors import LoraTunerError
-from .adapter import Adapter, read_json
+from .adapter import Adapter
+from .safetensors_header import read_json
 
 BaseConfig = Mapping[str, Any]  # content of config.json
 # Where config.json of a wrapper has the settings of its text model.

@@ -38,6 +38,7 @@ from .adapter import (
 )
 from .library import Library, copy_files
 from .manifest import Manifest
+from .report import REPORT_FILE
 from .samples import SAMPLES_FILE
 
 SYNCED_FILES = (
@@ -49,6 +50,7 @@ SYNCED_FILES = (
     LOSS_PLOT_FILE,
     SPECTRUM_FILE,
     SAMPLES_FILE,
+    REPORT_FILE,
     CARD_FILE,
     *TOKENIZER_FILES,
 )

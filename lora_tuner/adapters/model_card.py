@@ -20,6 +20,7 @@ from ..text import (
 from . import base_config, compatibility
 from .adapter import LOSS_PLOT_FILE, SPECTRUM_FILE, Adapter
 from .manifest import BaseInfo, DatasetInfo, Manifest, RateProbe, RunInfo, SourceInfo
+from .report import card_section
 from .samples import Sample, samples_table
 
 
@@ -117,7 +118,7 @@ A LoRA adapter for {base}, trained on {dataset}.
 The loss is the mean negative log-likelihood per token, in nats, of held-out rows, measured one at a time, truncated to
 {HELD_OUT_MAX_TOKENS} tokens, end of text included.
 {"`run.yaml` repeats the run; " if run else ""}`manifest.json` has these figures and the hashes of base, data and weights.
-{pictures}{_samples_section(final_samples(adapter), prompts)}
+{pictures}{_samples_section(final_samples(adapter), prompts)}{card_section(adapter.report)}
 ## Limitations
 
 {limits}

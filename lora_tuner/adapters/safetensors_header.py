@@ -1,4 +1,4 @@
-"""Read and check the header of a safetensors file without loading its tensors."""
+"""Read small parts of a stranger's files: the header of a safetensors file, without its tensors; JSON."""
 
 import json
 import math
@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import AdapterError
+
 LFS_POINTER = b"version https://git-lfs"  # start of a file that a clone without git-lfs has instead
 # Enough for 15,000 adapted layers; parsed it takes up to 30 times as much memory.
 _MAX_HEADER_BYTES = 5_000_000
+_MAX_JSON_BYTES = 1_000_000  # of a config or manifest; parsed, it can take thirty times the memory
 _DTYPE_BYTES = {
     "BF16": 2,
     "F16": 2,
@@ -133,3 +136,22 @@ def _tensor_entry(entry: dict[str, Any]) -> TensorEntry:
     if not all(type(number) is int and 0 <= number < 1 << 63 for number in (begin, end, *shape)):
         raise ValueError("a size is no whole number")
     return str(entry["dtype"]), list(shape), begin, end
+
+
+def read_json(path: Path) -> object:
+    """Read a small JSON file of a stranger. Raises AdapterError."""
+    try:
+        if path.exists() and not path.is_file():  # reading a pipe would block forever
+            raise AdapterError(f"{path} is not a regular file.")
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise AdapterError(f"{path} is too large: at most {_MAX_JSON_BYTES:,} bytes are read.")
+        data = path.read_bytes()
+        if data.startswith(LFS_POINTER):
+            raise AdapterError(f"{path} is a Git LFS pointer: run `git lfs pull` to fetch the file.")
+        value: object = json.loads(data.decode("utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # rejects lone surrogates
+        return value
+    except FileNotFoundError as error:
+        raise AdapterError(f"{path.parent} has no {path.name}: it is incomplete or not an adapter.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is not readable as JSON: {error}.") from error

@@ -12,7 +12,7 @@ from ..adapters.adapter import RUN_FILE, Adapter
 from ..adapters.manifest import EvalResult
 from ..config import ModelOptions, TrainConfig
 from ..data import eval_sets
-from ..data.dataset import Dataset, eval_hashes, load_dataset, load_eval_dataset
+from ..data.dataset import Dataset, eval_hashes, load_eval_dataset
 from ..data.eval_sets import EvalSet
 from ..data.held_out import measured_rows
 from ..data.near_duplicates import NearDuplicates
@@ -22,7 +22,7 @@ from ..errors import DataError, EventHandler, LoraTunerError, Notice, Progress
 from ..models import lora
 from ..models.loading import LoadedBase
 from ..models.tokenizer import load_adapter_tokenizer
-from ..settings_files import resolve_settings
+from .subject import config_of_run, load_dataset_of_run
 
 _STREAM_BATCH = 10_000  # rows of a stream that are compared at once
 
@@ -90,9 +90,7 @@ def measure_leak(
 
 def _compare(adapter: Adapter, rows: EvalSet, notify: EventHandler) -> tuple[Leak, set[str]]:
     """Return the counts of training rows, and the measured rows that have a near copy among them."""
-    if not (adapter.path / RUN_FILE).is_file():
-        raise DataError(f"it has no {RUN_FILE}, so its training rows are unknown")
-    config = resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE)
+    config = config_of_run(adapter)
     if config.streaming and config.near_duplicates == "drop":
         raise DataError("near copies of its measured rows were left out of the stream in training")
     notify(Progress(f"training rows of {adapter.name}", 0, 1))
@@ -100,9 +98,7 @@ def _compare(adapter: Adapter, rows: EvalSet, notify: EventHandler) -> tuple[Lea
     if config.streaming:
         compared, batches = {text: {text} for text in rows.texts}, _stream_batches(adapter, config)
     else:
-        dataset = load_dataset(config)
-        if not measured <= {*dataset.held_out}:
-            raise DataError(f"{dataset.name} no longer holds out the rows that it was measured on")
+        dataset = load_dataset_of_run(config, measured)
         if not dataset.compared:
             raise DataError("its measured rows are blocks of texts, which are compared with nothing")
         compared, batches = _measured_rows(dataset, measured, config.split_salt), iter([dataset.train])

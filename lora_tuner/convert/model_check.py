@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..adapters import compatibility
-from ..adapters.adapter import Adapter, read_json
+from ..adapters.adapter import Adapter
 from ..adapters.base_config import find_base_folder, text_settings
 from ..adapters.compatibility import CompatibilityReport, Tool
+from ..adapters.safetensors_header import read_json
 from ..errors import AdapterError, BaseModelError, Notice, Progress, first_line
 from ..models.base_files import LOCAL_FOLDER, BaseModelFiles, quiet_transformers
 

@@ -1,9 +1,13 @@
 """Pack tokenized rows into sequences and collate them into batches."""
 
-from collections.abc import Sequence
+import itertools
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from .mixing import mix
 from .tokenization import TokenIds
 
 IGNORE_INDEX = -100
@@ -57,6 +61,44 @@ class PackedSequences(torch.utils.data.Dataset[list[TokenIds]]):
 
     def __getitem__(self, index: int) -> list[TokenIds]:
         return [self.rows[row] for row in self.groups[index]] if index < len(self.groups) else [self.rows[0][:1]]
+
+    def epoch_order(self, epoch: int, seed: int, weights: Sequence[float]) -> Iterator[int]:
+        """Yield the shuffled sequences of an epoch.
+
+        Of sources with weights, an epoch has as many sequences as there are in all, mixed by the
+        weights; a source continues in the next epoch where it stopped, and begins anew after its
+        last sequence.
+        """
+        if not weights:
+            yield from torch.randperm(len(self), generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+            return
+        numbers = list(itertools.islice(mix(weights), len(self)))
+        shares = Counter(numbers)
+        draws = [self._draw(number, epoch * shares[number], seed) for number in range(len(self.source_sizes))]
+        starts = [0, *itertools.accumulate(self.source_sizes)]
+        for number in numbers:
+            yield starts[number] + next(draws[number])
+
+    def _draw(self, number: int, taken: int, seed: int) -> Iterator[int]:
+        """Yield sequences of a source after the first `taken`: each pass is shuffled anew."""
+        size = self.source_sizes[number]
+        passed, skip = divmod(taken, size)
+        for number_of_pass in itertools.count(passed):
+            order = list(range(size))
+            random.Random(f"{seed} {number} {number_of_pass}").shuffle(order)
+            yield from order[skip:]
+            skip = 0
+
+    def rows_in_steps(self, steps: int, per_step: int, seed: int, weights: Sequence[float]) -> list[int]:
+        """Return the indices of the rows that a run has seen after some steps of `per_step` sequences."""
+        per_epoch = -(-len(self) // per_step)
+        seen: set[int] = set()
+        for epoch in range(-(-steps // per_epoch)):
+            taken = min(steps - epoch * per_epoch, per_epoch) * per_step
+            seen.update(itertools.islice(self.epoch_order(epoch, seed, weights), taken))
+            if len(seen) == len(self):
+                break
+        return sorted(row for sequence in seen for row in self.groups[sequence])
 
     def longest_first(self) -> list[list[TokenIds]]:
         items = [self[index] for index in range(len(self))]

@@ -195,6 +195,7 @@ class TextUse:
         skipped_rows: Rows of which nothing is left to learn.
         answer_tokens: Tokens of the answers in conversations.
         row_tokens: Tokens of each row; 0 for a conversation that is left out.
+        row_pieces: Rows that each text has become: several if it is chunked, 0 if it is left out.
     """
 
     truncated_rows: int = 0
@@ -204,6 +205,7 @@ class TextUse:
     answer_tokens: int = 0
     used_answer_tokens: int = 0
     row_tokens: list[int] = field(default_factory=list)
+    row_pieces: list[int] = field(default_factory=list)
 
     def __add__(self, other: "TextUse") -> "TextUse":
         return TextUse(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
@@ -250,6 +252,7 @@ def encode_rows(
     for text, head, row in zip(texts, heads, encoded, strict=True):
         if not len(row):  # invalid
             use.row_tokens.append(0)
+            use.row_pieces.append(0)
             continue
         is_chat = chat.is_chat(text)
         total = len(row)
@@ -265,6 +268,7 @@ def encode_rows(
             total = int(total * max(1.0, len(text) / clip))
             use.truncated_rows += 1
         rows += pieces
+        use.row_pieces.append(len(pieces))
         labels = [count_predictions(piece) for piece in pieces]
         use.skipped_rows += not any(labels)
         use.tokens += total

@@ -193,6 +193,10 @@ class Generator:
         loaded = self._resident[name].loaded if name is not None and name in self._resident else None
         return (loaded and loaded.tokenizer) or self.base.tokenizer
 
+    def folder_of(self, name: str) -> Path:
+        """The folder of an adapter in memory."""
+        return self._resident[name].folder
+
     def is_chat(self, name: str | None) -> bool:
         """True for an adapter in memory that has learned conversations, with a chat template to ask
         it through."""

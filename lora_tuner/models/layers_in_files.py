@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from ..adapters.adapter import Adapter, read_json
+from ..adapters.adapter import Adapter
 from ..adapters.base_config import find_base_folder
-from ..adapters.safetensors_header import bare_name, bare_shapes, find_shape
+from ..adapters.safetensors_header import bare_name, bare_shapes, find_shape, read_json
 from ..text import describe_coverage
 from . import stored_weights
 

@@ -1,12 +1,9 @@
 """Trainer's arguments, learning-rate schedule, data order, trackers, live log and watch of the threads."""
 
-import itertools
 import json
 import math
 import os
-import random
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -23,7 +20,6 @@ from transformers.integrations.integration_utils import (
 from .. import atomic_io, distributed
 from ..adapters.samples import COLUMNS, Sample, samples_table
 from ..config import TrainConfig
-from ..data.mixing import mix
 from ..errors import ConfigError, EventHandler, Notice, TrainingError, os_error_message
 from ..models import threads
 from .checkpoints import LIVE_FILES, resume_command
@@ -196,49 +192,23 @@ class WatchThreads(TrainerCallback):
 
 
 class EpochOrder(torch.utils.data.Sampler[int]):
-    """The shuffled sequences of an epoch, the same for any number of processes.
+    """The sequences of an epoch (`PackedSequences.epoch_order`), the same for any number of processes.
 
-    Of sources with weights, an epoch has as many sequences as there are in all, mixed by the
-    weights; a source continues in the next epoch where it stopped, and begins anew after its last
-    sequence. Indices beyond the last sequence follow, up to a multiple that all processes can
-    share: each must have a batch when the others have one.
+    Indices beyond the last sequence follow, up to a multiple that all processes can share: each must
+    have a batch when the others have one.
 
     Args:
         epoch: returns the current epoch; launchers wrap the sampler, so it cannot be set from outside.
     """
 
     def __init__(self, setup: TrainingSetup, multiple: int, epoch: Callable[[], int]) -> None:
-        self.sizes, self.weights = setup.sequences.source_sizes, setup.dataset.weights
-        self.seed, self.epoch, self.count = setup.config.seed, epoch, len(setup.sequences)
-        self.padding = -self.count % multiple
+        self.sequences, self.weights = setup.sequences, setup.dataset.weights
+        self.seed, self.epoch = setup.config.seed, epoch
+        self.padding = -len(self.sequences) % multiple
 
     def __len__(self) -> int:
-        return self.count + self.padding
+        return len(self.sequences) + self.padding
 
     def __iter__(self) -> Iterator[int]:
-        epoch = self.epoch()
-        if self.weights:
-            yield from self._mixed(epoch)
-        else:
-            generator = torch.Generator().manual_seed(self.seed + epoch)
-            yield from torch.randperm(self.count, generator=generator).tolist()
-        yield from [self.count] * self.padding
-
-    def _mixed(self, epoch: int) -> Iterator[int]:
-        """Yield the indices of an epoch of sources with weights."""
-        numbers = list(itertools.islice(mix(self.weights), self.count))
-        shares = Counter(numbers)
-        draws = [self._draw(number, epoch * shares[number]) for number in range(len(self.sizes))]
-        starts = [0, *itertools.accumulate(self.sizes)]
-        for number in numbers:
-            yield starts[number] + next(draws[number])
-
-    def _draw(self, number: int, taken: int) -> Iterator[int]:
-        """Yield sequences of a source after the first `taken`: each pass is shuffled anew."""
-        size = self.sizes[number]
-        passed, skip = divmod(taken, size)
-        for number_of_pass in itertools.count(passed):
-            order = list(range(size))
-            random.Random(f"{self.seed} {number} {number_of_pass}").shuffle(order)
-            yield from order[skip:]
-            skip = 0
+        yield from self.sequences.epoch_order(self.epoch(), self.seed, self.weights)
+        yield from [len(self.sequences)] * self.padding

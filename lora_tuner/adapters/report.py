@@ -1,0 +1,113 @@
+"""Figures of a report on an adapter (report.json in its folder), without any text of the rows.
+
+The file is optional. It counts only for the weights that it was measured on, and it may be a stranger's.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import AdapterError
+from ..text import one_line
+from .manifest import Digest
+from .safetensors_header import read_json
+
+REPORT_FILE = "report.json"
+TITLES = {"style": "Style", "memory": "Memory", "forgetting": "Forgetting", "growth": "More data"}
+CARD_HEADING = "## What it learned"
+Sentences = Annotated[list[Annotated[str, Field(max_length=1_000)]], Field(min_length=1, max_length=10)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class _Figures(_Model):
+    """Figures of a part. `sentences` say in plain words what they mean."""
+
+    sentences: Sentences
+
+
+class StyleFigures(_Figures):
+    """Figures of the style of generated texts (analysis/style.py)."""
+
+
+class MemorizationFigures(_Figures):
+    """Figures of what is learned by heart (analysis/memorization.py)."""
+
+
+class ForgettingFigures(_Figures):
+    """Change of the loss on other text than that of the data (analysis/forgetting.py)."""
+
+
+class GrowthFigures(_Figures):
+    """Gain by rows, steps and rank, and what doubling them would bring (adapters/growth.py)."""
+
+
+class AdapterReport(_Model):
+    """`report.json`. A part that was skipped, or could not be measured, is None.
+
+    `weights` is the sha256 of the weights that were measured.
+    """
+
+    created: str
+    weights: Digest
+    style: StyleFigures | None = None
+    memory: MemorizationFigures | None = None
+    forgetting: ForgettingFigures | None = None
+    growth: GrowthFigures | None = None
+
+    def parts(self) -> Iterator[tuple[str, _Figures]]:
+        """Name and figures of each part that it has."""
+        for name in TITLES:
+            if figures := getattr(self, name):
+                yield name, figures
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2) + "\n"
+
+
+def read_report(path: Path, weights: str) -> AdapterReport | None:
+    """Read a report on weights of this sha256; None if there is none, or one on others.
+
+    Raises:
+        AdapterError: it is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        report = AdapterReport.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = " ".join([*map(str, first["loc"]), first["msg"]])
+        raise AdapterError(f"{path} is no report: {problem}. Make it again with `report`.") from error
+    return report if report.weights == weights else None
+
+
+def card_section(report: AdapterReport | None) -> str:
+    """Return the section of the model card that says in sentences what was learned; empty without any."""
+    if report is None or not any(report.parts()):
+        return ""
+    lines = [
+        f"- {TITLES[name]}: {' '.join(_escape_markdown(sentence) for sentence in figures.sentences)}\n"
+        for name, figures in report.parts()
+    ]
+    measured = "Measured by `lora_tuner report`, which docs/measuring.md explains; `report.json` has the figures."
+    return f"\n{CARD_HEADING}\n\n{measured}\n\n{''.join(lines)}"
+
+
+def replace_section(card: str, section: str) -> str:
+    """Return a model card with another section about what was learned; all else of it stays."""
+    head, found, rest = card.partition(f"\n{CARD_HEADING}\n")
+    if found:
+        _, next_heading, tail = rest.partition("\n## ")
+        return head + section + next_heading + tail
+    head, next_heading, tail = card.partition("\n## Limitations\n")
+    return head + section + next_heading + tail
+
+
+def _escape_markdown(text: str) -> str:
+    """Write a sentence on one line, without HTML: a report may be a stranger's."""
+    return " ".join(one_line(text).split()).replace("<", "&lt;")
