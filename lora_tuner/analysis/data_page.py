@@ -18,7 +18,7 @@ from .personal_data import KIND_LABELS
 from .text_checks import reveal
 
 PAGE_MARK = '<meta name="generator" content="lora_tuner data">'  # tells a page that may be replaced
-_TEMPLATE, _STYLE = "data_page.html.jinja", "data_page.css"
+_TEMPLATE, _STYLE = "data_page.html.jinja", "page.css"
 _WIDTH, _HEIGHT, _TOP = 720, 220, 26  # of the histogram, in its own units
 _LABELS = 8  # below the bars
 # What became of rows, in the order of the bar; further ones follow in the order of RowCounts.
@@ -50,6 +50,26 @@ class _Fate:
 
 def render_page(report: DataReport) -> str:
     """Return the page of a report."""
+    bars, limit = _draw_histogram(report)
+    return render_template(
+        _TEMPLATE,
+        PAGE_MARK,
+        report=report,
+        fates=_fates(report.counts),
+        labels=KIND_LABELS,
+        bars=bars,
+        limit=limit,
+        width=_WIDTH,
+        height=_HEIGHT,
+    )
+
+
+def render_template(template: str, mark: str, **values: object) -> str:
+    """Return a page that the layout `page.html.jinja` and its style sheet complete.
+
+    Args:
+        mark: a line in its head, which `is_page` looks for.
+    """
     folder = Path(__file__).parent
     style = (folder / _STYLE).read_text(encoding="utf-8")
     environment = jinja2.Environment(
@@ -66,25 +86,14 @@ def render_page(report: DataReport) -> str:
         "of": format_share_of,
         "rows": format_rows,
     }
-    bars, limit = _draw_histogram(report)
-    return environment.get_template(_TEMPLATE).render(
-        report=report,
-        mark=PAGE_MARK,
-        style=style,
-        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
-        fates=_fates(report.counts),
-        labels=KIND_LABELS,
-        bars=bars,
-        limit=limit,
-        width=_WIDTH,
-        height=_HEIGHT,
-    )
+    style_hash = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    return environment.get_template(template).render(mark=mark, style=style, style_hash=style_hash, **values)
 
 
-def is_page(path: Path) -> bool:
-    """Return whether a file is a page of this kind, which may be replaced."""
+def is_page(path: Path, mark: str = PAGE_MARK) -> bool:
+    """Return whether a file is a page with this mark, which may be replaced."""
     with path.open("rb") as file:
-        return PAGE_MARK.encode() in file.read(2_000)
+        return mark.encode() in file.read(2_000)
 
 
 def _finalize(value: object) -> object:
