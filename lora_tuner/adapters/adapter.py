@@ -67,7 +67,7 @@ class Adapter:
 
     @cached_property
     def report(self) -> AdapterReport | None:
-        """What a report has measured of these weights. Raises AdapterError for a damaged one."""
+        """Report on these weights, if there is one. Raises AdapterError for a damaged one."""
         return read_report(self.path / REPORT_FILE, self.sha256)
 
     @property

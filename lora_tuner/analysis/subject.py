@@ -1,4 +1,4 @@
-"""What the parts of a report measure: an adapter, its held-out rows, and the rows it was trained on.
+"""Subject of a report: an adapter, its held-out rows, and the rows that it was trained on.
 
 The rows of a run are read again from the dataset that run.yaml names. Data that has changed since,
 or a stranger's choice of data, is not used.
@@ -46,24 +46,19 @@ class ReportSubject:
 
 
 def load_subject(
-    adapter: Adapter,
-    generator: Generator,
-    options: ModelOptions = ModelOptions(),
-    *,
-    with_training_rows: bool = True,
+    adapter: Adapter, generator: Generator | None, options: ModelOptions = ModelOptions()
 ) -> ReportSubject:
     """Read the rows of an adapter. Price: the training data is read and tokenized as by training.
 
     Args:
-        generator: has the adapter in memory, with its tokenizer.
-        with_training_rows: else they are missing.
+        generator: has the adapter in memory, with its tokenizer; None leaves the training rows out.
     """
     config: TrainConfig | None = None
     (held_out,) = eval_sets.select_rows([evaluation.cached_rows(adapter, options.notify)])
-    texts, missing = list[str](), "they were not asked for"
+    texts, missing = list[str](), "they were not read"
     try:
         config = config_of_run(adapter)
-        if with_training_rows:
+        if generator is not None:
             # Without its rows in the cache it was trained elsewhere: the dataset would be a stranger's choice.
             if held_out.missing:
                 raise DataError(held_out.missing)
