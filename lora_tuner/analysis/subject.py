@@ -152,7 +152,7 @@ def generate_cached(
     """
     seed, context = choose_seed(sampling), generator.base.max_context
     batches = [range(start, min(start + BATCH, len(prompts))) for start in range(0, len(prompts), BATCH)]
-    identity = [*_identity(generator, adapter), sampling.model_dump()]
+    identity = [*generator_identity(generator, adapter), sampling.model_dump()]
     paths: dict[range, Path] = {}
     texts: dict[range, list[tuple[str, int, FinishReason]]] = {}  # with tokens and the reason for the end
     for batch in batches:
@@ -173,7 +173,7 @@ def generate_cached(
             )
             for number in batch
         ]
-        for tokens in _steps(generator, sequences):
+        for tokens in generate_steps(generator, sequences):
             notify(Progress(stage, done + tokens, total))
         done += sum(lengths[number] for number in batch)
         texts[batch] = [
@@ -189,7 +189,7 @@ def generate_cached(
     return outputs
 
 
-def _identity(generator: Generator, adapter: str | None) -> list[object]:
+def generator_identity(generator: Generator, adapter: str | None) -> list[object]:
     """Return what the texts of an adapter, or of the base, depend on beside prompts and settings."""
     base = generator.base
     weights: list[object] = []
@@ -199,7 +199,7 @@ def _identity(generator: Generator, adapter: str | None) -> list[object]:
     return [base.files.fingerprint, str(base.dtype), base.load_in, base.device.type, weights]
 
 
-def _steps(generator: Generator, sequences: list[TokenSequence]) -> Iterator[int]:
+def generate_steps(generator: Generator, sequences: list[TokenSequence]) -> Iterator[int]:
     """Generate until all sequences are complete. Yields the tokens of which nothing more is to come."""
     engine = generator.engine
     try:
