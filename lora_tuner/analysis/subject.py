@@ -5,6 +5,7 @@ or a stranger's choice of data, is not used.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -59,10 +60,11 @@ def load_subject(
     try:
         config = config_of_run(adapter)
         if generator is not None:
-            # Without its rows in the cache it was trained elsewhere: the dataset would be a stranger's choice.
+            # Without rows in the cache it was trained elsewhere: the data would be a stranger's choice.
             if held_out.missing:
                 raise DataError(held_out.missing)
-            texts = _seen_rows(adapter, config, held_out, generator.tokenizer_of(adapter.name), options.notify)
+            tokenizer = generator.tokenizer_of(adapter.name)
+            texts = _seen_rows(adapter, config, held_out, tokenizer, options.notify)
     except LoraTunerError as error:
         missing = str(error).rstrip(".")
     return ReportSubject(adapter, held_out, texts, None if texts else missing, config, options)
@@ -113,7 +115,7 @@ def _seen_rows(
         pieces, use = tokenization.encode_rows(
             tokenizer, source.train, config.max_length, config.long_rows, invalid
         )
-        texts = [text for text, count in zip(source.train, use.row_pieces, strict=True) for _ in range(count)]
+        texts = itertools.chain.from_iterable(map(itertools.repeat, source.train, use.row_pieces))
         is_learned = [tokenization.count_predictions(piece) > 0 for piece in pieces]
         rows += [piece for piece, learned in zip(pieces, is_learned, strict=True) if learned]
         owners += [text for text, learned in zip(texts, is_learned, strict=True) if learned]
@@ -139,7 +141,7 @@ def generate_cached(
     stage: str,
     notify: EventHandler = ignore_events,
 ) -> list[GenerationOutput]:
-    """Continue prompts with an adapter or, for None, the base. The texts are kept in the user's cache.
+    """Continue prompts with an adapter or, for None, the base; keep the texts in the user's cache.
 
     Each prompt has a seed of its own, as one for all would draw them with the same noise; base and
     adapter have the same ones. Price: an interrupted call loses the texts of a batch at most.
@@ -151,12 +153,17 @@ def generate_cached(
         GenerationError: the logits are not finite.
     """
     seed, context = choose_seed(sampling), generator.base.max_context
-    batches = [range(start, min(start + BATCH, len(prompts))) for start in range(0, len(prompts), BATCH)]
+    count = len(prompts)
+    batches = [range(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
     identity = [*generator_identity(generator, adapter), sampling.model_dump()]
     paths: dict[range, Path] = {}
-    texts: dict[range, list[tuple[str, int, FinishReason]]] = {}  # with tokens and the reason for the end
+    texts: dict[range, list[tuple[str, int, FinishReason]]] = {}  # with tokens, reason for the end
     for batch in batches:
-        key = [*identity, sequence_seed(seed, batch.start), [prompts[number].token_ids for number in batch]]
+        key = [
+            *identity,
+            sequence_seed(seed, batch.start),
+            [prompts[number].token_ids for number in batch],
+        ]
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         paths[batch] = atomic_io.cache_dir() / "texts" / f"{digest}.json"
         if (cached := atomic_io.read_cache(paths[batch], notify)) is not None:
@@ -169,7 +176,12 @@ def generate_cached(
         _, lora = generator.get_or_load(adapter)
         sequences = [
             TokenSequence(
-                generator.base, prompts[number].token_ids, sampling, sequence_seed(seed, number), adapter, lora
+                generator.base,
+                prompts[number].token_ids,
+                sampling,
+                sequence_seed(seed, number),
+                adapter,
+                lora,
             )
             for number in batch
         ]
@@ -190,7 +202,7 @@ def generate_cached(
 
 
 def generator_identity(generator: Generator, adapter: str | None) -> list[object]:
-    """Return what the texts of an adapter, or of the base, depend on beside prompts and settings."""
+    """Return what texts of an adapter, or of the base, depend on beside prompts and settings."""
     base = generator.base
     weights: list[object] = []
     if adapter is not None:
@@ -200,7 +212,7 @@ def generator_identity(generator: Generator, adapter: str | None) -> list[object
 
 
 def generate_steps(generator: Generator, sequences: list[TokenSequence]) -> Iterator[int]:
-    """Generate until all sequences are complete. Yields the tokens of which nothing more is to come."""
+    """Generate until all sequences are complete. Yields the tokens that are done or not needed."""
     engine = generator.engine
     try:
         engine.add(sequences)
@@ -209,9 +221,7 @@ def generate_steps(generator: Generator, sequences: list[TokenSequence]) -> Iter
             for sequence in sequences:
                 if sequence.error:
                     raise sequence.error
-            yield sum(
-                sequence.max_new_tokens if sequence.done else len(sequence.output_ids) for sequence in sequences
-            )
+            yield sum(each.max_new_tokens if each.done else len(each.output_ids) for each in sequences)
     except BaseException:
         engine.clear()
         raise
