@@ -13,7 +13,9 @@ def test_wheel_has_command_and_types(tmp_path):
     subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True)
     (wheel,) = tmp_path.glob("lora_tuner-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"lora_tuner/py.typed", "lora_tuner/models/native.c"} <= set(names)
+    assert {"lora_tuner/py.typed", "lora_tuner/models/native.c", "lora_tuner/data/general_text.jsonl"} <= set(
+        names
+    )
     assert not [name for name in names if name.startswith(("tests", "adapters", "cli.py"))]
     subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
     env = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
