@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..config import CleanMode, NearDuplicatesRule, is_conversation
-from ..text import format_rows
+from ..text import format_gain, format_rows
 
 SCHEMA_VERSION = 2
 MAX_PROBES = 64  # a stranger's manifest decides how many requests a check sends
@@ -66,6 +66,13 @@ class EvalResult(_ManifestModel):
 
     def format_rows(self) -> str:
         return format_rows(self.rows, self.groups)
+
+    def format_change(self) -> str:
+        """Change of the loss from base to adapter with its standard error; above zero is worse."""
+        return format_gain(0.0 - self.gain, self.standard_error, "+.3f")  # no negative zero
+
+    def describe_change(self) -> str:
+        return f"{self.format_change()} (change of loss on {self.format_rows()}; above zero is worse)"
 
     @property
     def perplexities(self) -> tuple[float, float]:
@@ -237,7 +244,8 @@ class Manifest(_ManifestModel):
     """`manifest.json`. Fields are None before a run has ended, and for an adopted adapter.
 
     `made_by` is the command that made the adapter without training, such as `blend a=0.7 b=0.3`;
-    `probes` are what `adapters check --url` compares with a server, None in older manifests.
+    `general` is measured on the fixed general text (data/general_text.py) of a run that has the time
+    for it; `probes` are what `adapters check --url` compares with a server, None in older manifests.
     """
 
     schema_version: int = Field(default=SCHEMA_VERSION, ge=1, le=SCHEMA_VERSION)
@@ -248,6 +256,7 @@ class Manifest(_ManifestModel):
     made_by: str | None = None
     parents: list[ParentInfo] = []
     result: EvalResult | None = None
+    general: EvalResult | None = None
     probes: Annotated[list[Probe], Field(min_length=1, max_length=MAX_PROBES)] | None = None
     routing: RoutingInfo | None = None
     weights: WeightsInfo | None = None

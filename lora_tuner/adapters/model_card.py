@@ -64,6 +64,7 @@ def summary_rows(adapter: Adapter) -> list[tuple[str, str]]:
                 f"{describe_gain(result.gain)}",
             ),
             ("Perplexity", f"{after:.2f} (base: {before:.2f})"),
+            ("General text", manifest.general.describe_change() if manifest.general else ""),
             ("Advice", (run.advice if run else None) or ""),
         ]
     return [(name, text) for name, text in rows if text]
@@ -195,10 +196,10 @@ def _limitations(manifest: Manifest) -> list[str]:
     elif result.standard_error is not None and result.gain <= 2 * result.standard_error:
         limits.append(f"On the held-out rows it is not measurably better than {base}.")
     else:
-        limits.append(
-            f"It predicts held-out rows of its data better than {base}; other text was not measured, and may be "
-            "predicted worse."
-        )
+        other = "other text was not measured, and may be predicted worse"
+        if general := manifest.general:
+            other = f"on general text its loss changed by {general.format_change()} nats per token"
+        limits.append(f"It predicts held-out rows of its data better than {base}; {other}.")
     if data is not None and is_conversation(data.format):
         limits.append(
             "It learned from conversations: without the chat template of the base its answers are poor."

@@ -220,6 +220,8 @@ def _show_trained(adapter: Adapter) -> None:
     kept = "" if run.kept_step == run.steps else f", of which step {run.kept_step:,} is kept as the best"
     print(f"{adapter.path}  {format_bytes(adapter.bytes)}, {steps}{kept}")
     print_result(adapter.manifest.result, adapter.manifest.data.sources if adapter.manifest.data else [])
+    if general := adapter.manifest.general:
+        print(f"general text: {general.describe_change()}")
     print_picture(adapter.path / LOSS_PLOT_FILE, "losses of the run")
     _show_samples(adapter)
     _show_next_commands(adapter)

@@ -33,6 +33,7 @@ CURVE_SHARE = 0.03  # of the time of the run, at most; of a short run more:
 SHORT_CURVE_SHARE, SHORT_CURVE_TOKENS = 0.2, 5_120  # the smaller of both; seconds on two CPU cores
 CURVE_ROWS = 2, 64  # at least and at most
 HELD_OUT_COST = 0.5  # time of a held-out token, in trained tokens; 0.42 to 0.45 were measured
+GENERAL_SHARE = 0.03  # of the time of the run, measurements included, that general text may take
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,12 @@ def _fit_curve(
             rows.append(index)
             left -= len(row)
     return HeldOutCurve(every, rows) if points > 1 and len(rows) >= least else None
+
+
+def general_budget(inputs: TrainingInputs, trained_tokens: int) -> int:
+    """Return how many tokens of general text a run may measure, by counts of tokens alone."""
+    held_out_tokens = sum(map(len, inputs.held_out))  # measured before and after
+    return int(GENERAL_SHARE * (trained_tokens / HELD_OUT_COST + 2 * held_out_tokens))
 
 
 def tokens_per_step(inputs: TrainingInputs) -> float:

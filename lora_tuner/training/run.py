@@ -353,7 +353,7 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
                     "data": data.model_copy(update={"sources": sources}),
                     "run": run.model_copy(update={**trained, "advice": advice}),
                     "result": result,
-                    **setup.measured_fields(),
+                    **setup.measured_fields(int(trained["tokens"])),
                 }
             )
             texts = distributed.run_on_rank_zero(partial(samples.finish, state, int(trained["kept_step"])))

@@ -4,6 +4,7 @@ The same configuration gives the same setup, down to the random initial weights,
 measured or trained in this process before. Nothing is written.
 """
 
+import math
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 
@@ -25,11 +26,27 @@ from ..adapters.manifest import (
 )
 from ..config import FILE_SETTINGS, PROBE, TrainConfig, is_conversation
 from ..data.eval_sets import EvalSet
+from ..data.general_text import general_texts
 from ..data.prompts import held_out_prompts
 from ..data.splitting import content_hash
 from ..data.tokenization import encoded_hash
-from ..errors import ConfigError, EventHandler, Notice, Progress, ignore_events
-from ..evaluation import HeldOutLoss, gain_on
+from ..errors import (
+    ConfigError,
+    EventHandler,
+    LoraTunerError,
+    Notice,
+    Progress,
+    TrainingError,
+    ignore_events,
+)
+from ..evaluation import (
+    HeldOutLoss,
+    encode_held_out,
+    gain_on,
+    measure_base_loss,
+    measure_loss,
+    paired_gain,
+)
 from ..inference import probes
 from ..models import added_tokens, fsdp, fused_blocks, initialization, kernels, lora, replaced, replacement
 from ..models.base_files import quiet_transformers
@@ -130,11 +147,40 @@ class TrainingSetup(TrainingInputs):
         rows = [row for row, text in enumerate(self.measured_texts) if sources.get(text) == number]
         return gain_on(rows, base, adapter)
 
-    def measured_fields(self) -> dict[str, object]:
+    def measured_fields(self, trained_tokens: int) -> dict[str, object]:
         """Measure what the manifest holds of the trained adapter beside its loss."""
         is_chat, at_scale = self.manifest.is_chat, probes.scales_of_trained(self.model)
         texts = self.measured_texts
-        return probes.measured_fields(self.base, texts, is_chat=is_chat, at_scale=at_scale)
+        fields = probes.measured_fields(self.base, texts, is_chat=is_chat, at_scale=at_scale)
+        return fields | {"general": self._measure_general(trained_tokens)}
+
+    def _measure_general(self, trained_tokens: int) -> EvalResult | None:
+        """Measure base and adapter on a fixed part of the general text.
+
+        Price: one pass over about 2,000 tokens; that of the base is kept in the user's cache.
+
+        Returns:
+            None if this takes more than a small share of the run, or a row does not fit into the
+            context of the base.
+        """
+        budget = profiling.general_budget(self, trained_tokens)
+        texts = [text for kind in general_texts(subset=True) for text in kind.texts]
+        if sum(len(text.split()) for text in texts) > budget:  # a word has at least one token
+            return None
+        try:
+            rows = encode_held_out(self.base, texts)
+            lengths = [len(row) for row in rows]
+            if not 0 < sum(lengths) <= budget or max(lengths) >= self.base.max_context:
+                return None
+            with self.model.disable_adapter():
+                before = measure_base_loss(self.base, rows)
+            after = measure_loss(self.model, self.base, rows)
+            if not math.isfinite(after.loss):
+                raise TrainingError(f"the adapter's loss on it is {after.loss}.")
+            return paired_gain(before, after)
+        except LoraTunerError as error:  # no reason to lose the run
+            self.notify(Notice(f"General text was not measured: {error}"))
+            return None
 
     @cached_property
     def manifest(self) -> Manifest:

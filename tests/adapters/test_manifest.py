@@ -59,7 +59,7 @@ def test_manifest_non_finite_number_is_rejected(tmp_path, figure):
 def test_old_manifest_without_parents_loads(tmp_path):
     folder = adapter_files.write(tmp_path / "a", facts=adapter_files.manifest())
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
-    del manifest["parents"], manifest["data"]["eval_dataset"]
+    del manifest["parents"], manifest["data"]["eval_dataset"], manifest["general"]
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
     adapter = load_adapter_folder(folder)
     assert adapter.manifest.parents == []

@@ -170,6 +170,21 @@ def test_card_summary_table(card):
     }
 
 
+def test_card_tells_general_text(card):
+    general = {
+        "base_loss": 3.2,
+        "loss": 3.221,
+        "gain": -0.021,
+        "standard_error": 0.006,
+        "rows": 40,
+        "tokens": 2_000,
+    }
+    text = card(adapter_files.manifest(general=general))
+    change = "+0.021 ± 0.006 (change of loss on 40 rows; above zero is worse)"
+    assert table(text)["General text"] == change
+    assert "on general text its loss changed by +0.021 ± 0.006 nats per token." in text
+
+
 def test_card_without_result(card):
     rows = table(card(adapter_files.manifest(result=None)))
     assert {"Held-out loss", "Gain", "Perplexity"} & rows.keys() == set()

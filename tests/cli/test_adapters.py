@@ -39,6 +39,13 @@ def test_verify_rename_remove(adapter, tmp_path):
     assert Library().names() == []
 
 
+def test_show_tells_general_text(tmp_path):
+    general = {"base_loss": 3.0, "loss": 3.02, "gain": -0.02, "standard_error": 0.01, "rows": 40, "tokens": 2_000}
+    adapter_files.write(tmp_path / "adapters" / "poems", facts=adapter_files.manifest(general=general))
+    shown = " ".join(run("adapters", "show", "poems").stdout.split())
+    assert "general text +0.020 ± 0.010 (change of loss on 40 rows; above zero is worse)" in shown
+
+
 def test_remove_names_missing_adapter_unasked(adapter):
     assert error("adapters", "remove", "nope") == "Error: There is no adapter 'nope' in adapters (reviews)."
 

@@ -323,7 +323,9 @@ def test_run_ends_with_samples(capsys, monkeypatch, tmp_path):
     """Texts of base and adapter side by side, and the next commands, within 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(tmp_path)
-    folder = adapter_files.write(tmp_path / "adapters" / "poems", facts=adapter_files.manifest())
+    general = {"base_loss": 3.0, "loss": 2.9, "gain": 0.1, "standard_error": 0.01, "rows": 40, "tokens": 2_000}
+    facts = adapter_files.manifest(general=general)
+    folder = adapter_files.write(tmp_path / "adapters" / "poems", facts=facts)
     texts = [Sample(step=0, prompt="Don't", base=" go.", adapter=" early.")]
     texts.append(Sample(step=30, prompt="The wind\nis", base=" a" * 60, adapter=" cold\x1b[5m and" * 9))
     texts.append(Sample(step=30, prompt="Don't", base=" go.", adapter=" stay."))
@@ -344,6 +346,7 @@ def test_run_ends_with_samples(capsys, monkeypatch, tmp_path):
     assert max(map(len, [*shown.out.splitlines()[1:], *shown.err.splitlines()])) <= 80
     assert "held-out loss 3.750 -> 3.500  (gain 0.250 ± 0.013, 200 rows)" in shown.out
     assert "perplexity    42.52 -> 33.12  (each token is 1.28 times as likely)" in shown.out
+    assert "general text: -0.100 ± 0.010 (change of loss on 40 rows; above zero is worse)\n" in shown.out
     trial = Trial("poems", 2, 1e-3, 2.0)
     train._show_sweep(SweepResult("s", 3.0, [trial], "poems", Path("adapters/poems"), Path("runs/s.sweep")))
     of_sweep = capsys.readouterr()

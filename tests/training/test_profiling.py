@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -94,6 +95,13 @@ def test_short_run_has_curve(settings, monkeypatch):
     monkeypatch.setattr(profiling, "SHORT_CURVE_TOKENS", 2 * len(longest) * 5)
     monkeypatch.setitem(vars(setup), "held_out", [longest] * 4)
     assert math.ceil(30 / profiling.plan_curve(setup, 30).every) == 5
+
+
+def test_general_text_takes_small_share():
+    """In tokens: of steps, each as two measured ones, and of the held-out rows, before and after."""
+    held_out = SimpleNamespace(held_out=[range(250)] * 200)
+    assert profiling.general_budget(held_out, 0) == 0.03 * 2 * 50_000
+    assert profiling.general_budget(held_out, 100_000) == 0.03 * (2 * 50_000 + 2 * 100_000)
 
 
 def test_tokens_per_step_follow_weights(settings):

@@ -8,15 +8,19 @@ import torch
 import yaml
 from filelock import FileLock
 
-from lora_tuner import Interrupted, Library, ModelOptions, Notice, Progress, evaluation, resume, train
+from lora_tuner import EvalSet, Interrupted, Library, ModelOptions, Notice, Progress, evaluation, resume, train
 from lora_tuner.adapters import adapter as adapters_adapter
 from lora_tuner.config import TrainConfig
 from lora_tuner.data.dataset import load_dataset
-from lora_tuner.errors import AdapterError, DataError, TrainingError
+from lora_tuner.data.general_text import general_texts
+from lora_tuner.errors import AdapterError, BaseModelError, DataError, TrainingError
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
 from lora_tuner.settings_files import resolve_settings
-from lora_tuner.training import checkpoints
+from lora_tuner.training import checkpoints, profiling
+from lora_tuner.training import setup as training_setup
+
+from .. import tiny_models
 
 
 def weights(adapter):
@@ -47,6 +51,45 @@ def test_training_lowers_held_out_loss(settings, model_folder):
     rows = evaluation.encode_held_out(base, corpus.held_out[:20])
     assert result.base_loss == pytest.approx(evaluation.measure_loss(base.model, base, rows).loss, abs=1e-6)
     assert (result.rows, result.tokens) == (len(rows), sum(len(row) - 1 for row in rows))
+
+
+@pytest.fixture
+def roomy(monkeypatch, tmp_path):
+    """A base in whose context the general text fits, and runs that have the time for it."""
+    monkeypatch.setattr(profiling, "GENERAL_SHARE", 100.0)
+    return str(tiny_models.save_model(tmp_path / "roomy", "gpt2", context=1024))
+
+
+def test_run_measures_general_text(settings, roomy, monkeypatch):
+    """As `evaluate` would, and in a run that is the same without."""
+    adapter = train(settings(base=roomy))
+    general = adapter.manifest.general
+    texts = [text for kind in general_texts(subset=True) for text in kind.texts]
+    rows = EvalSet("general", texts)
+    ((cell,),) = evaluation.evaluate([adapter], [rows], options=ModelOptions(device="cpu")).cells
+    assert general.model_dump() == pytest.approx(cell.model_dump(), abs=1e-5)
+    assert general.rows == 8 * 5
+    assert abs(general.gain) > general.standard_error > 0
+    monkeypatch.setattr(profiling, "GENERAL_SHARE", 0.0)
+    without = train(settings(base=roomy, name="without"))
+    assert without.manifest.general is None
+    assert weights(without) == weights(adapter)
+    assert without.manifest.result == adapter.manifest.result
+    assert history(without)[-1]["loss"] == history(adapter)[-1]["loss"]
+
+
+def test_short_context_has_no_general_text(settings, roomy):
+    assert train(settings()).manifest.general is None
+
+
+def test_failed_general_text_keeps_run(settings, roomy, monkeypatch):
+    def fail(*args):
+        raise BaseModelError("its loss is nan.")
+
+    monkeypatch.setattr(training_setup, "measure_base_loss", fail)
+    told = []
+    assert train(settings(base=roomy), told.append).manifest.general is None
+    assert Notice("General text was not measured: its loss is nan.") in told
 
 
 def test_same_config_repeats_bitwise(settings):
