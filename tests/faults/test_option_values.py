@@ -69,8 +69,9 @@ ACCEPTED = {  # all others are rejected
         ]
     },
     **{option: {HUGE} for option in ["--learning-rate", "--max-grad-norm"]},
-    **{option: {"0"} for option in ["--dropout", "--warmup", "--seed", "--temperature", "--energy"]},
+    **{option: {"0"} for option in ["--dropout", "--warmup", "--seed", "--temperature", "--energy", "--min-p"]},
     **{option: {"0", HUGE} for option in ["--top-k", "--weight-decay"]},
+    **{option: {"0", "-1", "-0.5"} for option in ["--presence-penalty", "--frequency-penalty"]},
     "--port": {"0"},
     "--max-resident": {HUGE},
     "--api-key": {"nonsense", "some.txt", "folder/up", HUGE, "x" * 5000},
