@@ -79,16 +79,14 @@ class Constraint:
 
         Raises GenerationError where nothing may follow, or a limit is reached.
         """
-        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
-        allowed = np.zeros(len(logits), dtype=bool)
-        count = min(len(logits), len(bits))
-        allowed[:count] = bits[:count]
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        allowed = np.unpackbits(bits, count=len(logits), bitorder="little").view(bool)  # ids beyond it may not follow
         accepting = self._matcher.is_accepting()
         allowed[[token for token in self._end_ids if token < len(logits)]] = accepting
         if self._matcher.is_error() or not allowed.any():
             reason = _first_line(self._matcher.get_error()) or "no token of this base goes on with it"
             raise GenerationError(f"The grammar of this request cannot be followed any further: {reason}.")
-        return logits.masked_fill(torch.from_numpy(~allowed).to(logits.device), -torch.inf)
+        return torch.where(torch.from_numpy(allowed).to(logits.device), logits, -torch.inf)
 
     def advance(self, token: int) -> bool:
         """Take the next token of the sequence. Returns True if the grammar ends with it."""
