@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import inspect
 import json
 import logging
 import re
@@ -25,9 +26,11 @@ from .browser import run_async
 @pytest.fixture(scope="module")
 def playground():
     """The page and its tab Blend, with Gradio: each worker imports this file, only one needs seconds for Gradio."""
+    from gradio.queueing import Queue
+
     from lora_tuner.server.playground import blend_tab, page
 
-    return SimpleNamespace(Page=page.Page, blend=blend_tab)
+    return SimpleNamespace(Page=page.Page, blend=blend_tab, Queue=Queue)
 
 
 @pytest.fixture(scope="module")
@@ -288,3 +291,12 @@ def test_gradio_computes_no_statistics(served, playground, monkeypatch):
     monkeypatch.setattr("gradio.queueing.Queue._get_df", None)
     queue.events_recorded = 10_000
     assert queue.compute_analytics_summary([{"function": "write"}]) == {"functions": {}}
+
+
+def test_gradio_looks_seldom_for_events(served, playground):
+    queue = playground.Page(served.service, Metrics(served.service)).blocks()._queue
+    for name in ("sleep_when_free", "progress_update_sleep_when_free"):
+        assert f"asyncio.sleep(self.{name})" in inspect.getsource(
+            playground.Queue
+        )  # else setting it changes nothing
+        assert getattr(queue, name) == 0.05
