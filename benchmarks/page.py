@@ -1,6 +1,7 @@
 """Cost of the page that follows a run: the run's speed and the processor's time, with the page open and closed.
 
-Both alternate within one run, as the speed of a machine changes. The browser runs on the same machine.
+Three states alternate within one run, as the speed of a machine changes: nobody follows it; a program asks the server
+what the page asks, as from a browser on another machine; and a browser on this machine shows it.
 """
 
 import json
@@ -9,15 +10,21 @@ import random
 import statistics
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import psutil
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser, sync_playwright
 
 from lora_tuner.adapters.adapter import METRICS_FILE
 from lora_tuner.config import EMBEDDED_BASE, TrainConfig
+from lora_tuner.server.playground.train_runs import POLL_SECONDS
 from lora_tuner.training import jobs
 
 from .measure import Figure, figure
@@ -26,11 +33,12 @@ from .serving import CLI, find_url, server_process
 WINDOW_SECONDS, SETTLE_SECONDS = 60.0, 5.0
 ROWS, STEPS = 2_000, 100_000
 CHROMIUM = "/usr/bin/chromium"
+JOIN = "/gradio_api/queue/join"
 WORDS = ["the", "film", "was", "good", "bad", "slow", "funny", "warm", "cold", "long", "actor", "plot", "never"]
 
 
 def run(rounds: int) -> list[Figure]:
-    """Run the benchmark, in about two minutes for each round."""
+    """Run the benchmark, in about five minutes for each round."""
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         job = _start_run(root)
@@ -40,29 +48,75 @@ def run(rounds: int) -> list[Figure]:
         try:
             with server_process(command, env, find_url) as (url, server), sync_playwright() as playwright:
                 _wait_until_running(job)
+                asked: dict[str, object] = {}
                 windows = []
                 for _ in range(rounds):
-                    closed, (idle,) = _window(job, [[server]])
+                    before, (idle,) = _window(job, [[server]])
                     browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-                    page = browser.new_page(base_url=url)
-                    page.goto("/")
-                    page.get_by_role("heading", name="watched: running").wait_for(timeout=120_000)
+                    asked |= _show_page(browser, url)
                     programs = psutil.Process().children(recursive=True)
                     chromium = [program for program in programs if "chrom" in program.name()]
-                    opened, (busy, shown) = _window(job, [[server], chromium])
-                    windows.append((closed, opened, opened / closed, idle, busy, shown))
+                    shown, (busy, drawing) = _window(job, [[server], chromium])
                     browser.close()
+                    with _follow(url, asked):
+                        followed, (asking,) = _window(job, [[server]])
+                    after, _ = _window(job, [[server]])
+                    alone = (before + after) / 2
+                    pair = followed / alone, shown / alone
+                    windows.append((alone, followed, shown, *pair, idle, asking, busy, drawing))
         finally:
             _stop(job)
-    closed, opened, ratio, idle, busy, shown = map(statistics.median, zip(*windows, strict=True))
+    alone, followed, shown, *rest = map(statistics.median, zip(*windows, strict=True))
+    ratio, ratio_here, idle, asking, busy, drawing = rest
     return [
-        figure("run, page closed", closed, "tokens/s"),
-        figure("run, page open", opened, "tokens/s"),
-        figure("slower with the page", (1 - ratio) * 100, "%", "median of pairs of windows"),
+        figure("run, page closed", alone, "tokens/s"),
+        figure("run, page open elsewhere", followed, "tokens/s"),
+        figure("slower with the page elsewhere", (1 - ratio) * 100, "%", "median over the rounds (must be 3)"),
+        figure("run, page open on this machine", shown, "tokens/s"),
+        figure(
+            "slower with the page here", (1 - ratio_here) * 100, "%", "the browser takes its share of the cores"
+        ),
         figure("server, page closed", idle * 100, "% of a core"),
-        figure("server, page open", busy * 100, "% of a core"),
-        figure("browser", shown * 100, "% of a core", "all processes of Chromium"),
+        figure("server, page open elsewhere", asking * 100, "% of a core"),
+        figure("server, page open here", busy * 100, "% of a core"),
+        figure("browser", drawing * 100, "% of a core", "all processes of Chromium"),
     ]
+
+
+def _show_page(browser: Browser, url: str) -> dict[str, object]:
+    """Open the page, and return the event that it sends again and again."""
+    events: list[dict[str, object]] = []
+    page = browser.new_page(base_url=url)
+    page.on("request", lambda request: events.append(request.post_data_json) if JOIN in request.url else None)
+    page.goto("/")
+    page.get_by_role("heading", name="watched: running").wait_for(timeout=120_000)
+    page.wait_for_timeout(1000 * 6 * POLL_SECONDS)
+    ((number, _),) = Counter(event["fn_index"] for event in events).most_common(1)
+    return next(event for event in reversed(events) if event["fn_index"] == number)
+
+
+@contextmanager
+def _follow(url: str, event: dict[str, object]) -> Iterator[None]:
+    """Ask what the page asks, as a visitor of its own: events, their answers, and the state of the server."""
+    visitor, ended = uuid.uuid4().hex, threading.Event()
+    answers: list[str] = []
+
+    def ask() -> None:
+        with httpx.Client(base_url=url, timeout=60) as client:
+            while not ended.wait(POLL_SECONDS):
+                client.get("/health").raise_for_status()
+                client.post(JOIN, json=event | {"session_hash": visitor}).raise_for_status()
+                answers.append(client.get("/gradio_api/queue/data", params={"session_hash": visitor}).text)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    if not any("watched" in answer for answer in answers):
+        raise RuntimeError("The server has not answered what the page asks.")
 
 
 def _start_run(root: Path) -> jobs.Job:
