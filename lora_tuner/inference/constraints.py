@@ -80,7 +80,9 @@ class Constraint:
         Raises GenerationError where nothing may follow, or a limit is reached.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        allowed = np.unpackbits(bits, count=len(logits), bitorder="little").view(bool)  # ids beyond it may not follow
+        allowed = np.unpackbits(bits, count=len(logits), bitorder="little").view(
+            bool
+        )  # ids beyond it may not follow
         accepting = self._matcher.is_accepting()
         allowed[[token for token in self._end_ids if token < len(logits)]] = accepting
         if self._matcher.is_error() or not allowed.any():
