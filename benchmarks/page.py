@@ -20,7 +20,7 @@ from pathlib import Path
 
 import httpx
 import psutil
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Request, sync_playwright
 
 from lora_tuner.adapters.adapter import METRICS_FILE
 from lora_tuner.config import EMBEDDED_BASE, TrainConfig
@@ -87,7 +87,12 @@ def _show_page(browser: Browser, url: str) -> dict[str, object]:
     """Open the page, and return the event that it sends again and again."""
     events: list[dict[str, object]] = []
     page = browser.new_page(base_url=url)
-    page.on("request", lambda request: events.append(request.post_data_json) if JOIN in request.url else None)
+
+    def take(request: Request) -> None:
+        if JOIN in request.url and (event := request.post_data_json):
+            events.append(event)
+
+    page.on("request", take)
     page.goto("/")
     page.get_by_role("heading", name="watched: running").wait_for(timeout=120_000)
     page.wait_for_timeout(1000 * 6 * POLL_SECONDS)
