@@ -430,6 +430,27 @@ def gain_on(rows: Sequence[int], base: HeldOutLoss, adapter: HeldOutLoss) -> Eva
     return paired_gain(base.select(rows), adapter.select(rows)) if rows else None
 
 
+def pooled_gain(losses: Sequence[LossPair | None]) -> EvalResult | None:
+    """`paired_gain` on the rows of several sets; None without rows.
+
+    Args:
+        losses: loss of base and adapter on each set.
+    """
+    pairs = [pair for pair in losses if pair]
+    if not pairs:
+        return None
+    base_losses, adapter_losses = zip(*pairs, strict=True)
+    return paired_gain(_concatenate(base_losses), _concatenate(adapter_losses))
+
+
+def _concatenate(losses: Sequence[HeldOutLoss]) -> HeldOutLoss:
+    return HeldOutLoss(
+        [value for loss in losses for value in loss.nll],
+        [count for loss in losses for count in loss.predictions],
+        eval_sets.join_groups([(loss.groups, len(loss.nll)) for loss in losses]),
+    )
+
+
 def cache_adapter_loss(base: LoadedBase, rows: Sequence[TokenIds], adapter: Adapter, loss: HeldOutLoss) -> None:
     """Keep the loss that training has measured, so that evaluation need not measure it again."""
     _measure_cached(base, rows, weights_key(adapter), lambda: loss)

@@ -11,13 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import AdapterError
 from ..text import one_line
-from .manifest import Digest
+from .manifest import Digest, EvalResult
 from .safetensors_header import read_json
 
 REPORT_FILE = "report.json"
 TITLES = {"style": "Style", "memory": "Memory", "forgetting": "Forgetting", "growth": "More data"}
 CARD_HEADING = "## What it learned"
 Sentences = Annotated[list[Annotated[str, Field(max_length=1_000)]], Field(min_length=1, max_length=10)]
+TextName = Annotated[str, Field(max_length=200)]
 
 
 class _Model(BaseModel):
@@ -39,7 +40,14 @@ class MemorizationFigures(_Figures):
 
 
 class ForgettingFigures(_Figures):
-    """Change of the loss on other text than that of the data (analysis/forgetting.py)."""
+    """Loss on text of other kinds than the data (analysis/forgetting.py).
+
+    `general` is that of all `kinds`; `guards` are texts of the user's own.
+    """
+
+    general: EvalResult
+    kinds: dict[TextName, EvalResult]
+    guards: dict[TextName, EvalResult] = {}
 
 
 class GrowthFigures(_Figures):

@@ -18,7 +18,7 @@ from ..adapters.adapter import (
 )
 from ..adapters.compatibility_report import Tool
 from ..adapters.library import copy_files
-from ..adapters.manifest import DatasetInfo, EvalResult, Manifest, utc_timestamp
+from ..adapters.manifest import DatasetInfo, Manifest, utc_timestamp
 from ..config import FILE_SETTINGS, ModelOptions, is_conversation
 from ..data import eval_sets, tokenization
 from ..data.eval_sets import EvalSet
@@ -196,27 +196,6 @@ def verify_written(
     return verify.compare_outputs(expected, actual, with_loss=False)
 
 
-def combined_result(losses: Sequence[tuple[HeldOutLoss, HeldOutLoss] | None]) -> EvalResult | None:
-    """Evaluation over the rows of all sets; None if there are none.
-
-    Args:
-        losses: loss of base and adapter on each set.
-    """
-    pairs = [pair for pair in losses if pair]
-    if not pairs:
-        return None
-    base_losses, adapter_losses = zip(*pairs, strict=True)
-    return evaluation.paired_gain(_concatenate(base_losses), _concatenate(adapter_losses))
-
-
-def _concatenate(losses: Sequence[HeldOutLoss]) -> HeldOutLoss:
-    return HeldOutLoss(
-        [value for loss in losses for value in loss.nll],
-        [count for loss in losses for count in loss.predictions],
-        eval_sets.join_groups([(loss.groups, len(loss.nll)) for loss in losses]),
-    )
-
-
 def write_adapter(
     folder: Path,
     name: str,
@@ -260,7 +239,7 @@ def write_adapter(
         data=data,
         made_by=command,
         parents=[parent.parent_info() for parent in parents],
-        result=combined_result(losses),
+        result=evaluation.pooled_gain(losses),
         weights=weights_info(written),
         versions=lora.library_versions(),
     )

@@ -18,12 +18,7 @@ from ..models import delta
 from ..models.delta import Deltas
 from ..models.layers import adaptable_layers
 from ..text import format_number
-from .common import (
-    combined_result,
-    distinct_eval_sets,
-    open_shared_base,
-    write_adapter,
-)
+from .common import distinct_eval_sets, open_shared_base, write_adapter
 from .verify import OutputComparison
 
 DEFAULT_ENERGY = 0.99
@@ -118,7 +113,7 @@ def compress(
         )
         lost_energy = delta.lost_energy(exact, delta.load_deltas(written, layers))
     compressed = library.get(name)
-    before, after = combined_result(losses_before), combined_result(losses_after)
+    before, after = evaluation.pooled_gain(losses_before), evaluation.pooled_gain(losses_after)
     return CompressResult(
         adapter=compressed,
         ranks={module: (update.rank, ranks.get(module, 0)) for module, update in exact.items()},
