@@ -183,12 +183,14 @@ def held_out_losses(
     notify: EventHandler = ignore_events,
     access: ModelAccess = direct_access,
     options: ModelOptions = ModelOptions(),
+    max_tokens: int = HELD_OUT_MAX_TOKENS,
 ) -> list[list[LossPair | None]]:
     """Measure the base and each adapter on each set of rows.
 
     Args:
         adapters: display name -> adapter.
         options: `force` ignores a tokenizer that is not the base's.
+        max_tokens: of a row; fewer than those of a held-out loss where training cuts rows shorter.
 
     Returns:
         Loss of the base and of the adapter: `losses[adapter][set]`, None where there are no rows.
@@ -196,7 +198,7 @@ def held_out_losses(
     Raises:
         AdapterError: an adapter is damaged or replaced meanwhile, or its loss is not finite.
     """
-    encode = partial(_encode_and_measure, sets=sets, notify=notify, access=access)
+    encode = partial(_encode_and_measure, sets=sets, notify=notify, access=access, max_tokens=max_tokens)
     base_rows = None
     multi_lora = MultiLora(base)
     losses: list[list[LossPair | None]] = []
@@ -254,6 +256,7 @@ def _encode_and_measure(
     sets: Sequence[EvalSet],
     notify: EventHandler,
     access: ModelAccess,
+    max_tokens: int,
     vocab_size: int = 0,
     context: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> tuple[list[list[TokenIds]], list[HeldOutLoss | None]]:
@@ -266,7 +269,7 @@ def _encode_and_measure(
     encoded_sets, groups = [], []
     for rows in sets:
         invalid: tokenization.InvalidRows = {}
-        encoded = access(partial(encode_measured, base, rows.texts, invalid, vocab_size))
+        encoded = access(partial(encode_measured, base, rows.texts, invalid, vocab_size, max_tokens))
         encoded_sets.append([*encoded.values()])
         groups.append([rows.groups[row] for row in encoded] if rows.groups else [])
         if invalid:
@@ -298,6 +301,7 @@ def encode_measured(
     texts: Sequence[str],
     invalid: tokenization.InvalidRows | None = None,
     vocab_size: int = 0,
+    max_tokens: int = HELD_OUT_MAX_TOKENS,
 ) -> dict[int, TokenIds]:
     """Tokenize and truncate rows for evaluation.
 
@@ -307,7 +311,7 @@ def encode_measured(
     Returns:
         The token ids of each measured row, by the index of its text.
     """
-    max_tokens = min(HELD_OUT_MAX_TOKENS, base.max_context)
+    max_tokens = min(max_tokens, base.max_context)
     rows = tokenization.truncate(
         tokenization.encode_texts(base.tokenizer, texts, max_tokens=max_tokens, invalid=invalid), max_tokens
     )

@@ -35,8 +35,41 @@ class StyleFigures(_Figures):
     """Figures of the style of generated texts (analysis/style.py)."""
 
 
+class MemorizationSide(_Model):
+    """Training rows, or unseen ones: those that were continued, those of them that were continued verbatim
+    for more tokens than the threshold, and the longest such text in tokens; those with a loss, and their
+    gain in nats per token, whose error is None for one row or group."""
+
+    continued: int
+    verbatim: int
+    longest: int
+    measured: int
+    gain: float
+    gain_error: float | None
+
+
 class MemorizationFigures(_Figures):
-    """Figures of what is learned by heart (analysis/memorization.py)."""
+    """Figures of what is learned by heart (analysis/memorization.py).
+
+    `excess` is the gain on training rows minus that on unseen ones. The p-values are one-sided, and None
+    where nothing follows from a difference: rows are too few, or `unequal` says what else differs.
+    `memorized` counts the training rows that are known better than unseen rows explain. `near_copies` rows
+    are in no test; of these so many of training are continued verbatim. `groups` is the number of groups,
+    if rows are grouped.
+    """
+
+    verbatim_tokens: int
+    training: MemorizationSide
+    unseen: MemorizationSide
+    verbatim_p: float | None
+    excess: float
+    excess_error: float | None
+    excess_p: float | None
+    memorized: int
+    groups: int | None
+    near_copies: int
+    near_copies_verbatim: int
+    unequal: Annotated[str, Field(max_length=300)] | None
 
 
 class ForgettingFigures(_Figures):
