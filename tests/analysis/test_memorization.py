@@ -496,7 +496,7 @@ def test_short_run_knows_no_row(adapter):
     report = measure(read_subject(adapter))
     assert (report.memorized, report.figures.memorized, report.figures.unequal) == ([], 0, None)
     assert report.figures.training.measured > 5
-    assert report.figures.unseen.measured == len(read_subject(adapter).held_out.texts)
+    assert report.figures.unseen.measured + report.figures.near_copies == 8
 
 
 @pytest.mark.slow
