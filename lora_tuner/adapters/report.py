@@ -18,6 +18,7 @@ REPORT_FILE = "report.json"
 TITLES = {"style": "Style", "memory": "Memory", "forgetting": "Forgetting", "growth": "More data"}
 CARD_HEADING = "## What it learned"
 Sentences = Annotated[list[Annotated[str, Field(max_length=1_000)]], Field(min_length=1, max_length=10)]
+PValue = Annotated[float, Field(ge=0, le=1)]
 TextName = Annotated[str, Field(max_length=200)]
 
 
@@ -31,8 +32,39 @@ class _Figures(_Model):
     sentences: Sentences
 
 
-class StyleFigures(_Figures):
-    """Figures of the style of generated texts (analysis/style.py)."""
+class StyleWay(_Model):
+    """Distances to the held-out text, and the share of the way from the base to it.
+
+    A distance is the square root of an energy distance, in units of the mean distance between all
+    texts; `own_distance` is that of training text, None where there is too little. `share` and its
+    95% `interval` are None where the base is no farther away than that. `p_value` and
+    `base_p_value`: text of adapter and base is told apart from the held-out text.
+    """
+
+    distance: Annotated[float, Field(ge=0)]
+    base_distance: Annotated[float, Field(ge=0)]
+    own_distance: Annotated[float, Field(ge=0)] | None
+    share: Annotated[float, Field(le=1)] | None
+    interval: tuple[float, float] | None
+    p_value: PValue
+    base_p_value: PValue
+
+
+class StyleAspect(StyleWay):
+    """The same in an aspect of style, such as punctuation."""
+
+    name: Annotated[str, Field(max_length=100)]
+
+
+class StyleFigures(_Figures, StyleWay):
+    """Figures of the style of generated texts (analysis/style.py), in all aspects together and in each.
+
+    `texts` openings were compared, of which each side has `words` words.
+    """
+
+    texts: Annotated[int, Field(ge=1)]
+    words: Annotated[int, Field(ge=1)]
+    aspects: Annotated[list[StyleAspect], Field(max_length=20)]
 
 
 class MemorizationSide(_Model):

@@ -47,11 +47,11 @@ _HIGH_BITS = np.uint64(0xFFFFFFFF00000000)
 _REPORTED_ROWS = 20_000  # between two reports of progress
 _MANY_SHARE = 0.2  # of the training rows that are copies: why they are left out is said
 _MAX_CACHED_WORDS = 500_000
-_UNSPACED = re.compile(
+UNSPACED = re.compile(  # a character of a script without spaces
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U0001b000-\U0001b16f\U00020000-\U0003ffff]"
 )
 # Letters and digits with accents and vowel signs, which \w does not have.
-_WORD = re.compile(r"[\w\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0963\u0966-\u0dff]+")
+WORD = re.compile(r"[\w\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0963\u0966-\u0dff]+")
 
 
 class NearDuplicates:
@@ -334,7 +334,7 @@ class _WordHashes(dict[str, int]):
     def __missing__(self, word: str) -> int:
         if len(self) >= _MAX_CACHED_WORDS:
             self.clear()
-        self[word] = number = zlib.crc32(word.encode(errors="surrogatepass")) & ~1 | bool(_UNSPACED.match(word))
+        self[word] = number = zlib.crc32(word.encode(errors="surrogatepass")) & ~1 | bool(UNSPACED.match(word))
         return number
 
 
@@ -356,8 +356,8 @@ def _split_rows(texts: Sequence[str]) -> _Rows:
     rows, whole = [], list[int | None]()
     for text in texts:
         text = _compared_text(text)
-        spaced = text if text.isascii() else _UNSPACED.sub(r" \g<0> ", unicodedata.normalize("NFKC", text))
-        words = list(map(_word_hashes.__getitem__, _WORD.findall(spaced)))
+        spaced = text if text.isascii() else UNSPACED.sub(r" \g<0> ", unicodedata.normalize("NFKC", text))
+        words = list(map(_word_hashes.__getitem__, WORD.findall(spaced)))
         rows.append(words)
         whole.append(hash(tuple(words)) if len(words) >= _MIN_WORDS else None)
     lengths = list(map(len, rows))
