@@ -54,6 +54,7 @@ PARTS = {
     "rates": rates.run,
     "page": page.run,
     "routing": routing.run,
+    "routing_times": routing.run_times,
     "vllm": serving.beside_vllm,
 }
 STUDIES = (
@@ -68,6 +69,7 @@ STUDIES = (
     "rates",
     "page",
     "routing",
+    "routing_times",
     "vllm",
 )  # slow, so they run only when named
 PACKAGES = ("lora_tuner", "torch", "transformers", "peft", "trl", "xllamacpp")

@@ -1,7 +1,8 @@
 """Model "auto" with eight adapters of different text on the embedded base: the share of the gain that the best choice
-would have had, text of none of them, and the time to the first token.
+would have had, and text of none of them; `routing_times` is the time to the first token, on a quiet machine.
 
-The adapters are trained once, in some minutes, and kept beside the user's cache; the rest takes minutes.
+The adapters are trained once, in some minutes, and kept beside the user's cache; the rest takes minutes. The rule was
+chosen on one half of the rows and of the other texts (`chosen_on=True`); the figures are of the other half.
 """
 
 import gzip
@@ -29,8 +30,10 @@ from lora_tuner.inference.sequence import Sequence
 from .measure import Figure, figure, median_seconds
 
 ADAPTERS, ROWS, TEST_ROWS, ROW_CHARS = 8, 240, 40, 1_800
-STEPS, TRAIN_TOKENS, TRAIN_CHARS, EVAL_ROWS = 24, 256, 900, 20
-LENGTHS, CONTINUATION, PROMPTS = (8, 16, 32, 64, 128, 256), 48, 8  # tokens; prompts of each adapter
+STEPS, TRAIN_TOKENS, TRAIN_CHARS, EVAL_ROWS = 100, 256, 900, 20
+LENGTHS, CONTINUATION = (8, 16, 32, 64, 128, 256), 48  # tokens
+PROMPTS = 6  # of each half, of each adapter and of each kind of other text
+LIBRARY = f"adapters-{STEPS}"
 TIMED = (16, 64, 256, 1024)  # tokens
 Gains = npt.NDArray[np.float64]
 
@@ -64,16 +67,22 @@ ASKED = (
 
 
 def run(rounds: int) -> list[Figure]:
-    """Choose for openings of rows that no adapter has seen and for other text, then time the choice."""
-    adapters_dir = train_adapters()
+    """Choose for openings of rows that no adapter has seen, and for other text."""
+    generator, names = _load(folder := train_adapters())
+    return [*_share_of_gain(generator, names, folder.parent), *_left_to_base(generator, names)]
+
+
+def run_times(rounds: int) -> list[Figure]:
+    """Measure the time to the first token with a named adapter and with a chosen one: under three minutes, once the
+    adapters are trained."""
+    return _times(*_load(train_adapters()), rounds)
+
+
+def _load(adapters_dir: Path) -> tuple[Generator, list[str]]:
     names = Library(adapters_dir).names()
     paths = [adapters_dir / name for name in names]
-    generator = Generator(*paths, adapters_dir=adapters_dir, options=ModelOptions(base=EMBEDDED_BASE))
-    return [
-        *_share_of_gain(generator, names, adapters_dir.parent),
-        *_left_to_base(generator, names),
-        *_times(generator, names, rounds),
-    ]
+    options = ModelOptions(base=EMBEDDED_BASE)
+    return Generator(*paths, adapters_dir=adapters_dir, options=options), names
 
 
 def choose(generator: Generator, names: list[str], token_ids: list[int]) -> routing.Choice:
@@ -102,10 +111,11 @@ def token_gains(generator: Generator, names: list[str], token_ids: list[int]) ->
     return np.asarray(logprobs[1:] - logprobs[:1])
 
 
-def test_rows(generator: Generator, folder: Path, name: str) -> list[list[int]]:
+def unseen_rows(generator: Generator, folder: Path, name: str, *, chosen_on: bool) -> list[list[int]]:
     """Return rows of an adapter's kind that it has not seen, as token ids."""
     texts = [json.loads(line)["text"] for line in (folder / f"{name}.test.jsonl").open(encoding="utf-8")]
-    rows = [generator.encode_prompt(text, generator.base.tokenizer, 0).token_ids for text in texts]
+    half = texts[: TEST_ROWS // 2] if chosen_on else texts[TEST_ROWS // 2 :]
+    rows = [generator.encode_prompt(text, generator.base.tokenizer, 0).token_ids for text in half]
     needed = max(LENGTHS) + CONTINUATION
     return [row[:needed] for row in rows if len(row) >= needed][:PROMPTS]
 
@@ -116,7 +126,7 @@ def _share_of_gain(generator: Generator, names: list[str], folder: Path) -> list
     own: dict[int, list[bool]] = {length: [] for length in LENGTHS}
     by_adapter = {name: [0.0, 0.0] for name in names}
     for name in names:
-        for row in test_rows(generator, folder, name):
+        for row in unseen_rows(generator, folder, name, chosen_on=False):
             gains = token_gains(generator, names, row)
             for length in LENGTHS:
                 adapter = choose(generator, names, row[:length]).adapter
@@ -147,7 +157,7 @@ def _share_of_gain(generator: Generator, names: list[str], folder: Path) -> list
 def _left_to_base(generator: Generator, names: list[str]) -> list[Figure]:
     """Measure the share of prompts of other kinds that the base gets."""
     left: dict[int, list[bool]] = {length: [] for length in LENGTHS}
-    for text in other_texts():
+    for text in other_texts(chosen_on=False):
         row = generator.encode_prompt(text, generator.base.tokenizer, 0).token_ids
         for length in LENGTHS:
             if length <= len(row):
@@ -216,7 +226,7 @@ def train_adapters() -> Path:
             shortened = [row[:TRAIN_CHARS] for row in rows[TEST_ROWS:]]
             for file, part in ((data, shortened), (test, rows[:TEST_ROWS])):
                 file.write_text("".join(json.dumps({"text": row}) + "\n" for row in part), encoding="utf-8")
-        if (folder / "adapters" / name).is_dir():
+        if (folder / LIBRARY / name).is_dir():
             continue
         print(f"training {name}", file=sys.stderr, flush=True)
         config = TrainConfig(
@@ -229,11 +239,11 @@ def train_adapters() -> Path:
             long_rows="truncate",
             clean="none",
             eval_rows=EVAL_ROWS,
-            adapters_dir=folder / "adapters",
+            adapters_dir=folder / LIBRARY,
             runs_dir=folder / "runs",
         )
         train(config, notify=None)
-    return folder / "adapters"
+    return folder / LIBRARY
 
 
 def _reviews() -> Iterator[str]:
@@ -336,7 +346,7 @@ SOURCES: dict[str, Callable[[], Iterator[str]]] = {
 }
 
 
-def other_texts() -> list[str]:
+def other_texts(*, chosen_on: bool) -> list[str]:
     """Return texts of none of the adapters: what people ask, and files of other kinds."""
     rare = [
         _files("/usr/share/perl5", "**/*.pm", 20),
@@ -348,10 +358,13 @@ def other_texts() -> list[str]:
         _files(f"{_PACKAGES}/tzdata/zoneinfo", "tzdata.zi"),
         _files(f"{_PACKAGES}/matplotlib/mpl-data/images", "*.svg", 20),
     ]
-    texts = list(ASKED)
-    for files in rare:
-        pieces = [
-            text[start : start + ROW_CHARS] for text in files for start in range(0, 2 * ROW_CHARS, ROW_CHARS)
-        ]
-        texts += random.Random(0).sample(pieces, min(6, len(pieces)))
-    return [text for text in texts if len(text) > 60]
+    half = slice(0 if chosen_on else 1, None, 2)
+    texts = list(ASKED[half])
+    for files in map(list, rare):
+        starts = range(0, 2 * ROW_CHARS if len(files) > 1 else 2 * PROMPTS * ROW_CHARS, ROW_CHARS)
+        by_file = [[text[start : start + ROW_CHARS] for start in starts] for text in files]
+        # Both halves share no file, unless there is but one.
+        halves = by_file[half] if len(files) > 1 else [pieces[half] for pieces in by_file]
+        pieces = [piece for pieces in halves for piece in pieces if len(piece) > 60]
+        texts += random.Random(0).sample(pieces, min(PROMPTS, len(pieces)))
+    return texts

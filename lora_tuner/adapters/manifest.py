@@ -189,11 +189,10 @@ class RunInfo(_ManifestModel):
     advice: str | None = None
 
 
-class RoutingInfo(_ManifestModel):
-    """Gain of the adapter on the first tokens of its own held-out rows, for model `auto`.
+class OpeningGains(_ManifestModel):
+    """Gain of the adapter on the first tokens of some rows, in nats per token.
 
-    `gain` is the mean over the rows after so many `tokens`, in nats per token, and `deviation` its standard
-    deviation. Of conversations the tokens are those of the question.
+    `gain` is the mean over the rows after so many `tokens`, `deviation` its standard deviation.
     """
 
     tokens: list[int] = Field(min_length=1)
@@ -201,10 +200,20 @@ class RoutingInfo(_ManifestModel):
     deviation: list[float]
 
     @model_validator(mode="after")
-    def _check_lengths(self) -> "RoutingInfo":
+    def _check_lengths(self) -> "OpeningGains":
         if not len(self.tokens) == len(self.gain) == len(self.deviation) or sorted(self.tokens) != self.tokens:
             raise ValueError("tokens are ascending, and each has a gain and a deviation")
         return self
+
+
+class RoutingInfo(OpeningGains):
+    """Gain of the adapter on beginnings of its own held-out rows, for model `auto`.
+
+    Of conversations these are the questions. `general` is its gain on general text in the same form (data/general_text.py);
+    None in older manifests.
+    """
+
+    general: OpeningGains | None = None
 
 
 class WeightsInfo(_ManifestModel):
@@ -282,6 +291,8 @@ def why_never_chosen(manifest: Manifest | None) -> str | None:
     """Return the reason why model `auto` never chooses an adapter; None for one that it may choose."""
     if manifest is None or manifest.routing is None:
         return "its scores on held-out rows are unknown (`evaluate NAME --probes` measures them, if it has such rows)"
+    if manifest.routing.general is None:
+        return "its scores on general text are unknown (`evaluate NAME --probes` measures them)"
     if max(manifest.routing.gain) <= 0:
         return "it gains nothing on the beginnings of its own held-out rows"
     return None

@@ -160,12 +160,14 @@ def _choose_and_encode(
     generator: "Generator", prompt: str, chat: bool | None, opening: "list[Message]"
 ) -> "tuple[EncodedPrompt, Choice | None]":
     """Choose an adapter for a prompt, which becomes the current one, and tokenize the prompt for it."""
+    from ..data.row_template import fill_questions
     from ..inference.routing import choose_adapter
 
     asked: dict[str, Prompt] = {}
     for name in generator.loaded_adapters:
         is_chat = generator.is_chat(name) if chat is None else chat
-        asked[name] = _as_conversation(prompt, opening if is_chat else None)
+        filled = fill_questions(prompt, {name: generator.template_of(name)})[name] if chat is None else prompt
+        asked[name] = _as_conversation(prompt, opening) if is_chat else filled
     choice = choose_adapter(generator, asked)
     generator.set_adapter(choice.adapter)
     return _encode_for_current(generator, [prompt], chat, opening)[0], choice

@@ -244,9 +244,7 @@ def write_adapter(
         versions=lora.library_versions(),
     )
     texts = [text for eval_set in sets for text in eval_set.texts]
-    measured = probes.measure_stored(
-        base, written, texts, is_chat=manifest.is_chat, options=ModelOptions(notify=notify)
-    )
+    measured = probes.measure_stored(base, written, manifest, texts, ModelOptions(notify=notify))
     comparison = verify_written(base, written, deltas, name, sets, notify)
     manifest = manifest.model_copy(update=measured)
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")

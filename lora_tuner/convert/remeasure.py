@@ -32,8 +32,7 @@ def remeasure(adapters: Sequence[Adapter], options: ModelOptions = ModelOptions(
         if rows.missing:
             text = f"{adapter.name}: {rows.missing}. Its probes are neutral prompts."
             options.notify(Notice(text))
-        is_chat = adapter.is_chat
-        fields = probes.measure_stored(base, adapter, rows.texts, is_chat=is_chat, options=options)
+        fields = probes.measure_stored(base, adapter, adapter.manifest, rows.texts, options)
         manifest = adapter.manifest.model_copy(update=fields)
         atomic_io.atomic_write_text(adapter.path / MANIFEST_FILE, manifest.to_json())
         written.append(load_adapter_folder(adapter.path))

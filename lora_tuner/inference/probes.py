@@ -1,23 +1,27 @@
-"""Short prompts with the likeliest next tokens of base and adapter, for the manifest.
+"""Measure what a manifest holds of base and adapter beside their losses.
 
-`adapters check --url` sends them to a server, and tells by its log-probabilities which weights it
-uses. Price: four forward passes over a few hundred tokens, twice for
-conversations.
+Probes are short prompts with the likeliest next tokens: `adapters check --url` sends them to a server, and tells by
+its log-probabilities which weights it uses. Gains on openings are for model `auto` (routing.py). Price: four forward
+passes over a few hundred tokens, and two over at most 6,000.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..adapters.adapter import Adapter
-from ..adapters.manifest import SCALES, Probe
+from ..adapters.manifest import SCALES, Manifest, OpeningGains, Probe, RoutingInfo
 from ..config import ModelOptions
-from ..data import chat_template, packing, tokenization
+from ..data import chat_template, general_text, packing, tokenization
 from ..data.prompts import held_out_prompts
+from ..data.row_template import Template, fill_question
 from ..data.tokenization import TokenIds
 from ..errors import DataError
 from ..models import fused_blocks
@@ -25,7 +29,6 @@ from ..models.loading import LoadedBase
 from ..models.tokenizer import load_adapter_tokenizer
 from .detokenizer import token_text
 from .multi_lora import MultiLora
-from .routing import AtScale, measure_routing
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -34,58 +37,77 @@ PROBES = 8  # half of them in a conversation, where conversations were learned
 CANDIDATES = 32
 TOP_TOKENS = 10  # a server gives five, in another order where its rounding decides
 MAX_TOKENS = 128  # of a prompt, with its template
-BATCH_TOKENS = 256  # whose logits exist at once
+OPENING_TOKENS = (4, 8, 16, 32, 64, 128)  # after which gains are measured
+OPENINGS, MIN_OPENINGS = 32, 4  # own rows
+LOGITS_TOKENS, NLL_TOKENS = 256, 1024  # of a forward pass; of the first kind all logits exist at once
 NEUTRAL_PROMPTS = (
     "Once upon a time", "The most important thing is", "Dear Sir or Madam,", "In this article we",
     "What is the capital of", "I have never seen such a", "The weather today is", "def main(",
     "She opened the door and", "Chapter 1", "First of all,", "According to the report,",
 )  # fmt: skip
 
+AtScale = Callable[[float], AbstractContextManager[None]]  # inside, the adapter has that scale
+_Nats = npt.NDArray[np.float64]
+_Prompt = tuple[str, bool]  # prompt, asked in a conversation
+
 
 def measured_fields(
-    base: LoadedBase, texts: Sequence[str], *, is_chat: bool, at_scale: AtScale
+    base: LoadedBase,
+    texts: Sequence[str],
+    *,
+    is_chat: bool,
+    template: Template | None,
+    at_scale: AtScale,
 ) -> dict[str, object]:
-    """Measure what a manifest holds of base and adapter beside their losses.
+    """Measure probes and gains on openings.
 
     Args:
         base: the base, with the tokenizer of the adapter.
-        texts: held-out rows; without any, neutral prompts are taken.
+        texts: held-out rows; without any, the probes are neutral prompts, and no gains are measured.
         is_chat: the adapter has learned conversations.
+        template: of the texts that it has learned.
         at_scale: enters the adapter at a scale, 0 for the plain base.
     """
-    return {
-        "probes": measure_probes(base, texts, is_chat=is_chat, at_scale=at_scale),
-        "routing": measure_routing(base, texts, at_scale),
-    }
+    prompts = _encode_prompts(base, texts, is_chat=is_chat)
+    openings = _own_openings(base, texts)
+    general = _general_openings(base, is_chat=is_chat, template=template) if openings else []
+    tables, nll = dict[str, torch.Tensor](), dict[str, list[_Nats]]()
+    for name, scale in SCALES.items():
+        with at_scale(scale), _evaluating(base):
+            if prompts:
+                tables[name] = _next_logprobs(base, [*prompts.values()])
+            if scale in (0.0, 1.0):
+                nll[name] = _token_nll(base, [*openings, *general])
+    gains = [before - after for before, after in zip(nll["base"], nll["adapter"], strict=True)]
+    own = _opening_gains(gains[: len(openings)], MIN_OPENINGS)
+    of_general = _opening_gains(gains[len(openings) :], len(general) // 2)  # else of some kinds alone
+    routing = RoutingInfo(**own.model_dump(), general=of_general) if own and of_general else None
+    return {"probes": _choose_probes(base, [*prompts], tables) or None, "routing": routing}
 
 
 def measure_stored(
-    base: LoadedBase, adapter: Adapter, texts: Sequence[str], *, is_chat: bool, options: ModelOptions
+    base: LoadedBase, adapter: Adapter, manifest: Manifest, texts: Sequence[str], options: ModelOptions
 ) -> dict[str, object]:
-    """`measured_fields` of an adapter on disk."""
+    """`measured_fields` of an adapter on disk, whose manifest may not be there yet."""
     tokenizer = load_adapter_tokenizer(adapter, base, options)
     of_adapter = base if tokenizer is None else replace(base, tokenizer=tokenizer)
     at_scale = scales_of_stored(base, adapter)
-    return measured_fields(of_adapter, texts, is_chat=is_chat, at_scale=at_scale)
+    return measured_fields(
+        of_adapter, texts, is_chat=manifest.is_chat, template=manifest.template, at_scale=at_scale
+    )
 
 
-def measure_probes(
-    base: LoadedBase, texts: Sequence[str], *, is_chat: bool, at_scale: AtScale
-) -> list[Probe] | None:
-    """Choose the prompts after which base and adapter differ most, and measure both there.
-
-    Arguments are those of `measured_fields`. Returns None where no prompt gives finite logits.
-    """
+def _encode_prompts(base: LoadedBase, texts: Sequence[str], *, is_chat: bool) -> dict[_Prompt, TokenIds]:
+    """Token ids of the prompts that may become probes."""
     prompts = held_out_prompts(texts, conversations=is_chat, count=CANDIDATES)
     if len(prompts) < PROBES:
         prompts += NEUTRAL_PROMPTS
     encoded = tokenization.encode_texts(base.tokenizer, prompts, add_eos=False)
-    text_rows = dict(zip(prompts, encoded, strict=True))
-    chat_rows = _encode_chats(base, prompts) if is_chat and base.tokenizer.chat_template else {}
-    count = PROBES // 2 if chat_rows else PROBES
-    probes = _choose(base, text_rows, at_scale, count, chat=False)
-    probes += _choose(base, chat_rows, at_scale, PROBES - count, chat=True)
-    return probes or None
+    rows = {(prompt, False): row for prompt, row in zip(prompts, encoded, strict=True)}
+    if is_chat and base.tokenizer.chat_template:
+        rows |= {(prompt, True): row for prompt, row in _encode_chats(base, prompts).items()}
+    longest = min(MAX_TOKENS, base.max_context - 1)
+    return {prompt: row for prompt, row in rows.items() if 0 < len(row) <= longest}
 
 
 def _encode_chats(base: LoadedBase, prompts: Sequence[str]) -> dict[str, TokenIds]:
@@ -100,17 +122,18 @@ def _encode_chats(base: LoadedBase, prompts: Sequence[str]) -> dict[str, TokenId
     return rows
 
 
-def _choose(
-    base: LoadedBase, rows: dict[str, TokenIds], at_scale: AtScale, count: int, *, chat: bool
+def _choose_probes(
+    base: LoadedBase, prompts: Sequence[_Prompt], tables: Mapping[str, torch.Tensor]
 ) -> list[Probe]:
-    """Probes of the prompts that tell the adapter best from the base and from its other scales."""
-    longest = min(MAX_TOKENS, base.max_context - 1)
-    rows = {prompt: row for prompt, row in rows.items() if 0 < len(row) <= longest}
-    if not rows or not count:
+    """Probes of the prompts that tell the adapter best from the base and from its other scales: half of them in a
+    conversation, if there are such.
+
+    Args:
+        prompts: the prompts.
+        tables: of each scale, log-probabilities of the token after each prompt.
+    """
+    if not prompts:
         return []
-    tables = {}
-    for name, scale in SCALES.items():
-        tables[name] = _next_logprobs(base, [*rows.values()], at_scale(scale))
     of_adapter = tables["adapter"]
     divergences = []
     for name in SCALES.keys() - {"adapter"}:  # Jeffreys: both directions of Kullback and Leibler
@@ -120,12 +143,54 @@ def _choose(
     ends = torch.tensor([*base.eos_token_ids, *chat_template.turn_end_ids(base.tokenizer)])
     for logprobs in tables.values():  # some servers say nothing about an end of text
         score[torch.isin(logprobs.argmax(-1), ends)] *= 0.01
-    prompts, probes = [*rows], list[Probe]()
+    chats = PROBES // 2 if any(chat for _, chat in prompts) else 0
+    left, probes = {False: PROBES - chats, True: chats}, list[Probe]()
     for index in score.argsort(descending=True, stable=True).tolist():
-        of_prompt = {name: _top_tokens(base, table[index]) for name, table in tables.items()}
-        if all(of_prompt.values()) and len(probes) < count:
-            probes.append(Probe(prompt=prompts[index], chat=chat, **of_prompt))
-    return probes
+        prompt, chat = prompts[index]
+        if left[chat]:
+            of_prompt = {name: _top_tokens(base, table[index]) for name, table in tables.items()}
+            if all(of_prompt.values()):
+                left[chat] -= 1
+                probes.append(Probe(prompt=prompt, chat=chat, **of_prompt))
+    return sorted(probes, key=lambda probe: probe.chat)
+
+
+def _own_openings(base: LoadedBase, texts: Sequence[str]) -> list[TokenIds]:
+    """Token ids of the beginnings of held-out rows: before what is learned or, where all of it is, the first ones."""
+    texts = texts[:: math.ceil(len(texts) / OPENINGS) or 1]
+    limit, openings = min(OPENING_TOKENS[-1], base.max_context), list[TokenIds]()
+    for row in tokenization.encode_texts(base.tokenizer, texts, max_tokens=limit, invalid={}):
+        learned = np.flatnonzero(row >= 0)
+        question = int(learned[0]) if len(learned) else 0
+        opening = row[:question] if question >= OPENING_TOKENS[0] else row
+        openings.append(tokenization.token_ids(opening)[:limit])
+    return [row for row in openings if len(row) >= OPENING_TOKENS[0]]
+
+
+def _general_openings(base: LoadedBase, *, is_chat: bool, template: Template | None) -> list[TokenIds]:
+    """Token ids of general text, in the form in which the adapter is asked."""
+    texts = [text for kind in general_text.general_texts(subset=True) for text in kind.texts]
+    limit = min(OPENING_TOKENS[-1], base.max_context)
+    if is_chat and base.tokenizer.chat_template:
+        rows = [*_encode_chats(base, texts).values()]
+    else:
+        filled = [(template and fill_question(*template, text)) or text for text in texts]
+        rows = tokenization.encode_texts(base.tokenizer, filled, add_eos=False)
+    return [row[:limit] for row in rows if len(row) >= OPENING_TOKENS[0]]
+
+
+def _opening_gains(gains: Sequence[_Nats], min_rows: int) -> OpeningGains | None:
+    """Mean and deviation of the gain after each number of tokens that `min_rows` have, from the gains of each token
+    but the first; None without any."""
+    figures = []
+    for tokens in OPENING_TOKENS:
+        values = [row[: tokens - 1].mean() for row in gains if len(row) >= tokens - 1]
+        if len(values) >= max(min_rows, 2) and np.isfinite(values).all():
+            figures.append((tokens, round(float(np.mean(values)), 4), round(float(np.std(values, ddof=1)), 4)))
+    if not figures:
+        return None
+    lengths, means, deviations = zip(*figures, strict=True)
+    return OpeningGains(tokens=lengths, gain=means, deviation=deviations)
 
 
 def _top_tokens(base: LoadedBase, logprobs: torch.Tensor) -> dict[str, float]:
@@ -139,38 +204,62 @@ def _top_tokens(base: LoadedBase, logprobs: torch.Tensor) -> dict[str, float]:
     return tokens
 
 
-def _next_logprobs(
-    base: LoadedBase, rows: Sequence[TokenIds], context: AbstractContextManager[None]
-) -> torch.Tensor:
+@contextlib.contextmanager
+def _evaluating(base: LoadedBase) -> Iterator[None]:
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        stack.callback(base.model.train, base.model.training)
+        base.model.eval()
+        yield
+
+
+def _next_logprobs(base: LoadedBase, rows: Sequence[TokenIds]) -> torch.Tensor:
     """Log-probabilities of the token after each row, (rows, vocabulary) in float32 on the CPU."""
-    model, result = base.model, []
-    with contextlib.ExitStack() as stack, torch.no_grad(), context:
-        stack.callback(model.train, model.training)
-        model.eval()
-        for batch in _batches(rows):
-            packed = fused_blocks.packs_rows(model)
-            sequences = [batch] if packed else [[row] for row in batch]
-            inputs = packing.collate(sequences, base.tokenizer.pad_token_id, cu_seqlens=packed)
-            del inputs["labels"]
-            inputs = {name: tensor.to(base.device) for name, tensor in inputs.items()}
-            logits = model(**inputs, use_cache=False).logits
-            lengths = torch.tensor([len(row) for row in batch])
-            rows_of_batch = torch.arange(len(batch))
-            last = logits[0, lengths.cumsum(0) - 1] if packed else logits[rows_of_batch, lengths - 1]
-            result.append(last.float().log_softmax(-1).cpu())
+    result = []
+    for batch in _batches(rows, LOGITS_TOKENS):
+        logits, _, packed = _forward(base, batch)
+        lengths = torch.tensor([len(row) for row in batch])
+        last = logits[0, lengths.cumsum(0) - 1] if packed else logits[torch.arange(len(batch)), lengths - 1]
+        result.append(last.float().log_softmax(-1).cpu())
     return torch.cat(result)
 
 
-def _batches(rows: Sequence[TokenIds]) -> Iterator[list[TokenIds]]:
-    """Rows in batches of at most BATCH_TOKENS positions, padding included, or of one row."""
+def _token_nll(base: LoadedBase, rows: Sequence[TokenIds]) -> list[_Nats]:
+    """Negative log-likelihood of each token of each row but the first, in nats."""
+    result: list[_Nats] = []
+    size = NLL_TOKENS if base.lm_head.skipped else LOGITS_TOKENS
+    for batch in _batches(rows, size):
+        with base.lm_head.skip_lm_head():
+            output, labels, packed = _forward(base, batch)
+            nll = base.lm_head.nll(output, labels).double().cpu()
+        by_row = nll[0].split([len(row) for row in batch]) if packed else nll
+        result += [values[: len(row) - 1].numpy() for values, row in zip(by_row, batch, strict=True)]
+    return result
+
+
+def _forward(base: LoadedBase, rows: Sequence[TokenIds]) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Run the model on rows in one batch, or packed into one sequence where it isolates them.
+
+    Returns its `logits`, the labels, and True if the rows are packed.
+    """
+    packed = fused_blocks.packs_rows(base.model)
+    sequences = [rows] if packed else [[row] for row in rows]
+    inputs = packing.collate(sequences, base.tokenizer.pad_token_id, cu_seqlens=packed)
+    inputs = {name: tensor.to(base.device) for name, tensor in inputs.items()}
+    labels = inputs.pop("labels")
+    return base.model(**inputs, use_cache=False).logits, labels, packed
+
+
+def _batches(rows: Sequence[TokenIds], most: int) -> Iterator[list[TokenIds]]:
+    """Yield rows in batches of at most so many positions, padding included, or of one row."""
     batch: list[TokenIds] = []
     for row in rows:
         longest = max(map(len, [*batch, row]))
-        if batch and longest * (len(batch) + 1) > BATCH_TOKENS:
+        if batch and longest * (len(batch) + 1) > most:
             yield batch
             batch = []
         batch.append(row)
-    yield batch
+    if batch:
+        yield batch
 
 
 def scales_of_trained(model: "PeftModel") -> AtScale:

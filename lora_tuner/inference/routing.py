@@ -1,27 +1,21 @@
 """Model "auto": the adapter that fits a prompt, or the base where none clearly does.
 
 The base and the adapters read the prompt in one mixed batch. An adapter's score is its gain, in nats per token: the
-tokens' log-probability with it minus that of the base. It is compared with what openings of the adapter's own held-out
-rows score (`RoutingInfo` in its manifest). Price: at most `MAX_ROW_TOKENS` tokens are read, rows times length,
-whatever the prompt. All adapters read the beginning of a long prompt; then the best two read on, and read its end.
+tokens' log-probability with it minus that of the base. It is compared with its gains on general text and on its own
+held-out rows (`RoutingInfo` in its manifest), and with those of the other adapters. Price: at most `MAX_ROW_TOKENS`
+tokens are read, rows times length, whatever the prompt. All adapters read the beginning of a long prompt; then the best
+two read on, and read its end.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from ..adapters.manifest import RoutingInfo
-from ..data import packing, tokenization
-from ..data.tokenization import TokenIds
+from ..adapters.manifest import OpeningGains
 from ..errors import GenerationError
-from ..models import fused_blocks
-from ..models.loading import LoadedBase
 from .batch import GenerationEngine
 from .generator import Generator, Prompt
 from .interface import DecoderInterface
@@ -31,12 +25,10 @@ MAX_TOKENS = 256  # of a prompt: the first and the last half of them
 MAX_ROW_TOKENS = 576  # in all rows; fewer than three prompts of 256 tokens have
 MIN_TOKENS = 8  # that each of many adapters reads, beyond `MAX_ROW_TOKENS` if need be
 FINALISTS = 2
-MEASURED_TOKENS = (4, 8, 16, 32, 64, 128)  # of own rows, whose mean gains are kept
-MEASURED_ROWS, MIN_ROWS, MEASURED_BATCH = 32, 4, 8
-# Of the gain on its own rows. Plain text of any kind gains with most adapters, so a gain alone says little.
-LEAD_SHARE = 0.3
-
-AtScale = Callable[[float], AbstractContextManager[None]]  # inside, the adapter has that scale
+# Standard deviations over the mean gain on general text that an adapter needs, and the share of those that another
+# adapter has which it needs too: text of any kind gains with several adapters.
+MIN_DEVIATIONS, RIVAL_SHARE = 0.9, 0.85
+MIN_SPREAD = 0.03  # nats per token
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,26 +42,33 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Score:
-    """Gain of an adapter on the prompt, in nats per token, and the lead that it needs to be chosen.
+    """Gain of an adapter on the prompt, in nats per token, and the one that it needs to be chosen.
 
-    `expected` is the mean of its own rows with as many tokens; `data` names what it was trained on.
+    `expected` is the mean of its own rows with as many tokens, `general` that of general text, and `spread` the standard
+    deviation of the latter; `data` names what it was trained on.
     """
 
     adapter: str
     gain: float
-    needed: float
     expected: float
+    general: float
+    spread: float
     tokens: int
     data: str | None = None
+    needed: float = 0.0
+
+    @property
+    def deviations(self) -> float:
+        """Standard deviations of the gain over that on general text."""
+        return (self.gain - self.general) / self.spread
 
 
 @dataclass(frozen=True)
 class Choice:
     """The adapter for a prompt, or None for the base.
 
-    `margin` is its lead: its gain minus that of the next one of other data, or of the base, which has 0; of the base
-    what the best adapter lacks. `scores` are those of all adapters, the best first; none if the conversation has
-    `kept` its adapter.
+    `margin` is its gain minus the one that it needs; of the base what the nearest adapter lacks. `scores` are those of
+    all adapters, the highest gain first; none if the conversation has `kept` its adapter.
     """
 
     adapter: str | None
@@ -89,91 +88,53 @@ class Choice:
         for score in self.scores:
             if score.adapter == self.adapter:
                 gain = f"{score.gain:+.2f} nats per token over the base on {score.tokens} tokens"
-                return f"auto: {self.adapter}, {gain}, {score.needed:+.2f} ahead needed{after}."
-        return f"auto: the base, as no adapter leads by what it needs{after}."
+                return f"auto: {self.adapter}, {gain}, {score.needed:+.2f} needed{after}."
+        return f"auto: the base, as no adapter gains what it needs{after}."
 
 
 def choose(scores: Sequence[Score]) -> Choice:
-    """Choose the adapter with the highest gain, if it leads the base and the adapters of other data by what it
-    needs."""
-    ranked = sorted(scores, key=lambda score: (-score.gain, score.adapter))
-    if not ranked:
-        return Choice(None)
-    best = ranked[0]
-    rivals = [score.gain for score in ranked[1:] if score.data is None or score.data != best.data]
-    lead = best.gain - max([0.0, *rivals])
-    if lead < best.needed or lead <= 0:
-        return Choice(None, round(best.needed - lead, 4), tuple(ranked))
-    return Choice(best.adapter, round(lead, 4), tuple(ranked))
+    """Choose of the adapters that gain what they need the one with the highest gain."""
+    rated = [replace(score, needed=_needed_gain(score, scores)) for score in scores]
+    ranked = tuple(sorted(rated, key=lambda score: (-score.gain, score.adapter)))
+    for score in ranked:
+        if score.gain >= score.needed:
+            return Choice(score.adapter, round(score.gain - score.needed, 4), ranked)
+    return Choice(None, round(min((score.needed - score.gain for score in ranked), default=0.0), 4), ranked)
+
+
+def _needed_gain(score: Score, scores: Sequence[Score]) -> float:
+    """Return the gain that tells a prompt of an adapter's kind from general text, which the other adapters of other
+    data may gain on too."""
+    others = [each for each in scores if each.adapter != score.adapter]
+    rivals = [each.deviations for each in others if each.data is None or each.data != score.data]
+    deviations = MIN_DEVIATIONS + RIVAL_SHARE * max([0.0, *rivals])
+    return round(max(score.general + deviations * score.spread, 0.0), 4)
 
 
 def make_score(candidate: Candidate, gain: float, tokens: int) -> Score:
-    """Compare a gain with that of the adapter's own rows."""
-    info = candidate.lora.routing
-    assert info is not None
-    expected = expected_gain(info, tokens)
-    needed, data = round(LEAD_SHARE * expected, 4), candidate.lora.data
-    return Score(candidate.name, round(gain, 4), needed, round(expected, 4), tokens, data)
+    """Compare a gain with those on the adapter's own rows and on general text."""
+    own = candidate.lora.routing
+    assert own is not None
+    assert own.general is not None
+    expected, _ = gain_after(own, tokens)
+    general, spread = gain_after(own.general, tokens)
+    return Score(
+        adapter=candidate.name,
+        gain=round(gain, 4),
+        expected=round(expected, 4),
+        general=round(general, 4),
+        spread=round(max(spread, MIN_SPREAD), 4),
+        tokens=tokens,
+        data=candidate.lora.data,
+    )
 
 
-def expected_gain(info: RoutingInfo, tokens: int) -> float:
-    """Return the mean gain of the adapter's own rows after so many tokens."""
-    return float(np.interp(np.log(tokens), np.log(info.tokens), info.gain))
-
-
-def measure_routing(base: LoadedBase, texts: Sequence[str], at_scale: AtScale) -> RoutingInfo | None:
-    """Measure what an adapter gains on the first tokens of some of its held-out rows.
-
-    Of a row that begins with what is not learned, such as a question, this part counts alone. None where too few rows
-    have tokens enough. Price: two passes over at most 4,096 tokens.
-
-    Args:
-        base: the base, with the tokenizer of the adapter.
-        texts: held-out rows.
-        at_scale: enters the adapter at a scale, 0 for the plain base.
-    """
-    texts = texts[:: math.ceil(len(texts) / MEASURED_ROWS) or 1]
-    limit = min(MEASURED_TOKENS[-1], base.max_context)
-    encoded = tokenization.encode_texts(base.tokenizer, texts, max_tokens=limit, invalid={})
-    rows = [row for row in (_opening(row)[:limit] for row in encoded) if len(row) >= MEASURED_TOKENS[0]]
-    batches = [rows[start : start + MEASURED_BATCH] for start in range(0, len(rows), MEASURED_BATCH)]
-    with at_scale(0.0):
-        before = [values for batch in batches for values in _token_nll(base, batch)]
-    with at_scale(1.0):
-        after = [values for batch in batches for values in _token_nll(base, batch)]
-    gains = [base_nll - nll for base_nll, nll in zip(before, after, strict=True)]
-    figures = []
-    for tokens in MEASURED_TOKENS:
-        scores = [row[: tokens - 1].mean() for row in gains if len(row) >= tokens - 1]
-        if len(scores) >= MIN_ROWS and np.isfinite(scores).all():
-            figures.append((tokens, round(float(np.mean(scores)), 4), round(float(np.std(scores, ddof=1)), 4)))
-    if not figures:
-        return None
-    lengths, means, deviations = zip(*figures, strict=True)
-    return RoutingInfo(tokens=lengths, gain=means, deviation=deviations)
-
-
-def _opening(row: TokenIds) -> TokenIds:
-    """Return the tokens of a row before what is learned or, where all of it is learned, the first ones."""
-    learned = np.flatnonzero(row >= 0)
-    question = int(learned[0]) if len(learned) else 0
-    row = row[:question] if question >= MEASURED_TOKENS[0] else row
-    return tokenization.token_ids(row)
-
-
-def _token_nll(base: LoadedBase, rows: Sequence[TokenIds]) -> list[npt.NDArray[np.float64]]:
-    """Negative log-likelihood of each token of each row but the first, in nats."""
-    model, packed = base.model, fused_blocks.packs_rows(base.model)
-    with contextlib.ExitStack() as stack, torch.no_grad(), base.lm_head.skip_lm_head():
-        stack.callback(model.train, model.training)
-        model.eval()
-        sequences = [rows] if packed else [[row] for row in rows]
-        inputs = packing.collate(sequences, base.tokenizer.pad_token_id, cu_seqlens=packed)
-        inputs = {name: tensor.to(base.device) for name, tensor in inputs.items()}
-        labels = inputs.pop("labels")
-        nll = base.lm_head.nll(model(**inputs, use_cache=False).logits, labels).double().cpu()
-    by_row = nll[0].split([len(row) for row in rows]) if packed else nll
-    return [values[: len(row) - 1].numpy() for values, row in zip(by_row, rows, strict=True)]
+def gain_after(gains: OpeningGains, tokens: int) -> tuple[float, float]:
+    """Return mean and standard deviation of the gain after so many tokens. Beyond those that were measured the
+    deviation falls as that of a mean does."""
+    lengths = np.log(gains.tokens)
+    mean, deviation = (float(np.interp(np.log(tokens), lengths, each)) for each in (gains.gain, gains.deviation))
+    return mean, deviation * math.sqrt(min(1.0, gains.tokens[-1] / tokens))
 
 
 @torch.inference_mode()

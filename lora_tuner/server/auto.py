@@ -72,7 +72,7 @@ class AutoModel:
         for name in names:
             try:
                 _, lora = await service.find_adapter(name)
-                if lora is not None and lora.routing is not None:
+                if lora is not None and lora.routing is not None and lora.routing.general is not None:
                     (token_ids,) = await service.encode_all([ask(lora) if ask else prompt], lora)
                     candidates.append(Candidate(name, lora, token_ids))
             except LoraTunerError as error:  # such as one without a chat template

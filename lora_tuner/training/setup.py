@@ -149,9 +149,13 @@ class TrainingSetup(TrainingInputs):
 
     def measured_fields(self, trained_tokens: int) -> dict[str, object]:
         """Measure what the manifest holds of the trained adapter beside its loss."""
-        is_chat, at_scale = self.manifest.is_chat, probes.scales_of_trained(self.model)
-        texts = self.measured_texts
-        fields = probes.measured_fields(self.base, texts, is_chat=is_chat, at_scale=at_scale)
+        fields = probes.measured_fields(
+            self.base,
+            self.measured_texts,
+            is_chat=self.manifest.is_chat,
+            template=self.manifest.template,
+            at_scale=probes.scales_of_trained(self.model),
+        )
         return fields | {"general": self._measure_general(trained_tokens)}
 
     def _measure_general(self, trained_tokens: int) -> EvalResult | None:

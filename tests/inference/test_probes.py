@@ -79,5 +79,8 @@ def test_adapter_without_manifest_is_refused(tmp_path):
 def test_logits_that_are_not_finite_give_no_probes(gpt2):
     base = load_base(find_base(str(gpt2)), FLOAT32)
     base.model.transformer.ln_f.weight.fill_(torch.nan)
-    found = probes.measure_probes(base, [], is_chat=False, at_scale=lambda scale: contextlib.nullcontext())
-    assert found is None
+    rows = ["The actor was late.", "The camera works.", "Nobody came to see it.", "It was a play about the sea."]
+    measured = probes.measured_fields(
+        base, rows, is_chat=False, template=None, at_scale=lambda scale: contextlib.nullcontext()
+    )
+    assert measured == {"probes": None, "routing": None}

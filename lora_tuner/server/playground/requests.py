@@ -104,7 +104,10 @@ class PageRequests:
         """
 
         def ask(lora: LoadedAdapter) -> Prompt:
-            return as_conversation(prompt) if isinstance(prompt, str) and self.is_chat(lora) else prompt
+            if isinstance(prompt, str) and self.is_chat(lora):
+                return as_conversation(prompt)
+            filled = fill_question(*lora.template, prompt) if isinstance(prompt, str) and lora.template else None
+            return prompt if filled is None else filled
 
         choice = await self.auto.choose(prompt, None if bare else ask)
         return self.auto.model_of(choice), choice.describe()
