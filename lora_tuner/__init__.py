@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .adapters.hub_sync import pull, push
     from .adapters.library import Library
     from .adapters.manifest import Manifest
+    from .analysis.report import Report, make_report
     from .config import ModelOptions, SamplingParams, TrainConfig
     from .convert.blend import BlendResult, blend
     from .convert.compress import CompressResult, compress
@@ -51,6 +52,7 @@ _HOMES = {  # public name -> module that defines it
     "Notice": "errors",
     "OllamaExport": "convert.export_ollama",
     "Progress": "errors",
+    "Report": "analysis.report",
     "RunEstimate": "training.profiling",
     "SamplingParams": "config",
     "SweepResult": "training.sweep",
@@ -60,6 +62,7 @@ _HOMES = {  # public name -> module that defines it
     "evaluate": "evaluation",
     "export_model": "convert.export_model",
     "export_ollama": "convert.export_ollama",
+    "make_report": "analysis.report",
     "merge": "convert.merge",
     "plan": "training.run",
     "pull": "adapters.hub_sync",
@@ -89,6 +92,7 @@ __all__ = [
     "Notice",
     "OllamaExport",
     "Progress",
+    "Report",
     "RunEstimate",
     "SamplingParams",
     "SweepResult",
@@ -98,6 +102,7 @@ __all__ = [
     "evaluate",
     "export_model",
     "export_ollama",
+    "make_report",
     "merge",
     "plan",
     "pull",

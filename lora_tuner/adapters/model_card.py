@@ -20,7 +20,7 @@ from ..text import (
 from . import base_config, compatibility
 from .adapter import LOSS_PLOT_FILE, SPECTRUM_FILE, Adapter
 from .manifest import BaseInfo, DatasetInfo, Manifest, RateProbe, RunInfo, SourceInfo
-from .report import card_section
+from .report import card_section, describe_other_text
 from .samples import Sample, samples_table
 
 
@@ -196,9 +196,7 @@ def _limitations(manifest: Manifest) -> list[str]:
     elif result.standard_error is not None and result.gain <= 2 * result.standard_error:
         limits.append(f"On the held-out rows it is not measurably better than {base}.")
     else:
-        other = "other text was not measured, and may be predicted worse"
-        if general := manifest.general:
-            other = f"on general text its loss changed by {general.format_change()} nats per token"
+        other = describe_other_text(manifest.general)
         limits.append(f"It predicts held-out rows of its data better than {base}; {other}.")
     if data is not None and is_conversation(data.format):
         limits.append(

@@ -171,14 +171,24 @@ def card_section(report: AdapterReport | None) -> str:
     return f"\n{CARD_HEADING}\n\n{measured}\n\n{''.join(lines)}"
 
 
-def replace_section(card: str, section: str) -> str:
-    """Return a model card with another section about what was learned; all else of it stays."""
+def update_card(card: str, report: AdapterReport) -> str:
+    """Return a model card that tells what a report has measured; all else of it stays."""
+    if report.forgetting is not None:
+        card = card.replace(describe_other_text(None), describe_other_text(report.forgetting.general))
+    section = card_section(report)
     head, found, rest = card.partition(f"\n{CARD_HEADING}\n")
     if found:
         _, next_heading, tail = rest.partition("\n## ")
         return head + section + next_heading + tail
     head, next_heading, tail = card.partition("\n## Limitations\n")
     return head + section + next_heading + tail
+
+
+def describe_other_text(general: EvalResult | None) -> str:
+    """Say for the limitations in a model card how other text is predicted; None: it was not measured."""
+    if general is None:
+        return "other text was not measured, and may be predicted worse"
+    return f"on general text its loss changed by {general.format_change()} nats per token"
 
 
 def _escape_markdown(text: str) -> str:

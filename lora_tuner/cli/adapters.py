@@ -8,8 +8,9 @@ import typer
 
 from ..adapters.adapter import CARD_FILE, Adapter, verify_adapter
 from ..adapters.library import Ancestor, Library, current_name
+from ..adapters.report import TITLES, AdapterReport
 from ..convert.adopt import adopt
-from ..errors import AdapterError, os_error_message
+from ..errors import AdapterError, Notice, os_error_message
 from ..models.layers_in_files import known_coverage
 from ..text import display_name, format_bytes, format_count, format_counts, format_duration, format_gain, one_line
 from ..training.progress import display
@@ -123,6 +124,7 @@ def show_adapter(
     details = loaded.to_dict() | {
         "ancestors": [vars(ancestor) for ancestor in ancestors],
         "covers": coverage or None,
+        "report": (report := _report_of(loaded)) and report.model_dump(),
     }
     show_json(details) if as_json else show_details(loaded, ancestors, coverage)
 
@@ -179,7 +181,18 @@ def show_details(adapter: Adapter, ancestors: Sequence[Ancestor], coverage: str 
             "command": manifest.made_by,
             "created": f"{created} with {versions}" if versions else f"by another tool, adopted {created}",
         }
+    if report := _report_of(adapter):
+        fields |= {TITLES[name].lower(): " ".join(part.sentences) for name, part in report.parts()}
     show_fields(fields)
+
+
+def _report_of(adapter: Adapter) -> AdapterReport | None:
+    """Return the report that lies beside an adapter; a damaged one is told, and left out."""
+    try:
+        return adapter.report
+    except AdapterError as error:
+        display(Notice(str(error)))
+        return None
 
 
 def format_ancestor(ancestor: Ancestor) -> str:

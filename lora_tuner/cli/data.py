@@ -106,7 +106,7 @@ def data(
         if not phones.is_phone_region(region):
             raise ConfigError(f"--region {region} is unknown: give two letters such as DE, GB or US.")
     if page is not None:
-        _check_page(page, overwrite, data_page.is_page)
+        check_page(page, overwrite, data_page.is_page)
     copy = redaction.check_target(redact, settings, overwrite) if redact else None
     report = data_report.make_report(
         settings,
@@ -141,7 +141,7 @@ def _check_base_is_needed(overrides: Overrides, loss_rows: int | None) -> None:
         )
 
 
-def _check_page(page: Path, overwrite: bool, is_page: Callable[[Path], bool]) -> None:
+def check_page(page: Path, overwrite: bool, is_page: Callable[[Path], bool]) -> None:
     """Raise ConfigError if the page cannot be written; a page of before is replaced."""
     if reason := atomic_io.why_no_file(page):
         raise ConfigError(f"The page cannot be written: {reason}. Choose another place with --html.")

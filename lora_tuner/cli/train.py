@@ -13,7 +13,7 @@ from ..adapters.adapter import LOSS_PLOT_FILE, RUN_FILE, Adapter, load_adapter_f
 from ..adapters.library import adapter_name
 from ..adapters.manifest import RateProbe
 from ..adapters.model_card import final_samples
-from ..config import METHODS, STOP_RULES, TrainConfig
+from ..config import METHODS, STOP_RULES, ModelOptions, TrainConfig
 from ..errors import ConfigError, Interrupted
 from ..settings_files import expand_sweep, resolve_settings
 from ..text import (
@@ -43,10 +43,12 @@ from .generate import show_columns
 from .interactive import quote
 from .options import JsonOption, Overrides, settings_options
 from .preview import preview_to_dict, show_preview
+from .report import measure, show_report
 
 MAX_QUOTED = 300  # characters of a prompt in a command
 
 if TYPE_CHECKING:
+    from ..analysis.report import Report
     from ..training.profiling import RunEstimate
     from ..training.sweep import SweepResult
 
@@ -87,6 +89,12 @@ def train(
             show_default=False,
         ),
     ] = None,
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report", help="Then report on what the adapter has learned; of a sweep, on the recommended one."
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train an adapter on your own text.
@@ -112,10 +120,16 @@ def train(
         raise ConfigError("--queue is for training: leave it out with --plan and --preview.")
     if queue and distributed.expected_world_size() > 1:
         raise ConfigError("--queue is for a single process: run it without torchrun.")
+    if report and (plan or preview):
+        raise ConfigError("--report is for training: leave it out with --plan and --preview.")
+    if report and distributed.expected_world_size() > 1:
+        raise ConfigError(
+            "--report is for a single process: leave it out, and use the command `report` afterwards."
+        )
     changes: dict[str, Any] = {"threads": settings.threads, "accept": [accept] if accept else []}
     try:
         with _turn(configs, resume) if queue else contextlib.nullcontext():
-            _run(configs, resume, changes, plan=plan, preview=preview, as_json=as_json)
+            _run(configs, resume, changes, plan=plan, preview=preview, report=report, as_json=as_json)
     except KeyboardInterrupt as error:  # a run that has begun says how to resume it
         if resume or plan or preview:
             raise
@@ -150,6 +164,7 @@ def _run(
     *,
     plan: bool,
     preview: int | None,
+    report: bool,
     as_json: bool,
 ) -> None:
     settings = configs[0]
@@ -164,10 +179,15 @@ def _run(
             if resume
             else sweep.run_sweep(configs, display)
         )
-        if as_json:
-            show_json(result.to_dict() | {"picture": str(result.folder / SWEEP_PLOT_FILE)})
-        else:
+        if not as_json:
             _show_sweep(result)
+        made = _report(load_adapter_folder(result.path), settings) if report else None
+        if as_json:
+            picture = {"picture": str(result.folder / SWEEP_PLOT_FILE)}
+            show_json(result.to_dict() | picture | _report_to_dict(made))
+        elif made:
+            print()
+            show_report(made)
     elif preview:
         previewed = make_preview(settings, preview, display)
         if as_json:
@@ -185,11 +205,27 @@ def _run(
             else run.resume(resume, settings.runs_dir, display, **changes)
         )
         if distributed.rank() == 0:
+            if not as_json:
+                _show_trained(adapter)
+            made = _report(adapter, settings) if report else None
             if as_json:
                 samples = [sample.model_dump() for sample in adapter.samples]
-                show_json(adapter.to_dict() | {"picture": str(adapter.path / LOSS_PLOT_FILE), "samples": samples})
-            else:
-                _show_trained(adapter)
+                added = {"picture": str(adapter.path / LOSS_PLOT_FILE), "samples": samples}
+                show_json(adapter.to_dict() | added | _report_to_dict(made))
+            elif made:
+                print()
+                show_report(made)
+
+
+def _report(adapter: Adapter, settings: TrainConfig) -> "Report":
+    options = ModelOptions(
+        device=settings.device, load_in=settings.load_in, threads=settings.threads, notify=display
+    )
+    return measure(adapter, adapter.path.parent, options)
+
+
+def _report_to_dict(report: "Report | None") -> dict[str, object]:
+    return {"report": report.to_dict()} if report else {}
 
 
 def _advise_more_steps(name: str, overrides: Overrides) -> str:

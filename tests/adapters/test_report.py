@@ -8,6 +8,7 @@ from lora_tuner.adapters import hub_sync, model_card
 from lora_tuner.adapters.adapter import load_adapter_folder, verify_adapter
 from lora_tuner.adapters.archive import open_public_files
 from lora_tuner.adapters.library import Library
+from lora_tuner.adapters.manifest import EvalResult
 from lora_tuner.adapters.report import (
     CARD_HEADING,
     REPORT_FILE,
@@ -15,7 +16,7 @@ from lora_tuner.adapters.report import (
     ForgettingFigures,
     StyleFigures,
     card_section,
-    replace_section,
+    update_card,
 )
 from lora_tuner.errors import AdapterError
 
@@ -95,14 +96,24 @@ def test_card_tells_what_was_learned():
 def test_card_keeps_own_words(folder):
     card = model_card.model_card(load_adapter_folder(folder), "imdb")
     card = card.replace("# license: apache-2.0", "license: mine")
-    first = replace_section(card, card_section(told("One.")))
+    first = update_card(card, told("One."))
     assert first.index("- Style: One.") < first.index("## Limitations")
-    second = replace_section(first, card_section(told("Two.")))
+    second = update_card(first, told("Two."))
     assert second == first.replace("- Style: One.", "- Style: Two.")
-    assert replace_section(second, "") == card
-    own = replace_section("# mine\n\nMy words.\n", card_section(told("One.")))
+    assert update_card(second, AdapterReport(created=CREATED, weights="0" * 64)) == card
+    own = update_card("# mine\n\nMy words.\n", told("One."))
     assert own.startswith("# mine\n\nMy words.\n")
     assert own.endswith("- Style: One.\n")
+
+
+def test_card_no_longer_denies_what_is_measured(folder):
+    card = model_card.model_card(load_adapter_folder(folder), "imdb")
+    general = EvalResult(base_loss=3.0, loss=3.1, gain=-0.1, standard_error=0.01, rows=320, tokens=9_000)
+    forgetting = ForgettingFigures(sentences=["It has forgotten some."], general=general, kinds={})
+    assert "other text was not measured" in card
+    updated = update_card(card, AdapterReport(created=CREATED, weights="0" * 64, forgetting=forgetting))
+    assert "other text was not measured" not in updated
+    assert "on general text its loss changed by +0.100 ± 0.010 nats per token." in updated
 
 
 def test_parts_have_an_order():
