@@ -85,7 +85,7 @@ class MemorizationFigures(_Figures):
 
     `excess` is the gain on training rows minus that on unseen ones. The p-values are one-sided, and None
     where nothing follows from a difference: rows are too few, or `unequal` says what else differs.
-    `memorized` counts the training rows that are known better than unseen rows explain. `near_copies` rows
+    `memorized` counts the training rows that are known by heart. `near_copies` rows
     are in no test; of these so many of training are continued verbatim. `groups` is the number of groups,
     if rows are grouped.
     """

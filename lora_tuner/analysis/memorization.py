@@ -28,6 +28,7 @@ from .verbatim import VERBATIM_TOKENS, Continuations
 from .verbatim import continue_rows as continue_rows  # the first of the two functions of this part
 
 LOSS_TOKENS, MIN_LOSS_ROWS = 12_000, 16  # of training rows; that of held-out rows is in the cache
+BY_HEART = 0.5  # of the loss that an unseen row would have: a memorized row has no more
 MAX_PASSAGES, MIN_PASSAGE_TOKENS, MAX_NAMED = 5, 5, 50
 
 
@@ -47,7 +48,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class MemorizedRow:
-    """A training row that the adapter knows better than unseen rows explain.
+    """A training row that the adapter knows better than unseen rows explain, and by heart.
 
     `gain` is in nats per token, `verbatim_tokens` None if the row was not continued.
     """
@@ -159,6 +160,12 @@ def summarize(
     training = _side_figures(continuations, losses, is_train=True)
     unseen = _side_figures(continuations, losses, is_train=False)
     known = KnownRows() if unequal else find_known_rows(rows, verbatim, losses)
+    memorized = []
+    for number in known.rows:
+        row, loss = rows[number], losses[number]
+        if loss and loss.adapter <= BY_HEART * (loss.base - unseen.gain * loss.tokens):
+            gain, text = (loss.base - loss.adapter) / loss.tokens, Excerpts().excerpt(row.text)
+            memorized.append(MemorizedRow(row.place, gain, continuations.tokens[number], text))
     error: float | None = None
     if training.gain_error is not None and unseen.gain_error is not None:
         error = math.hypot(training.gain_error, unseen.gain_error)
@@ -173,20 +180,15 @@ def summarize(
         excess_error=error,
         excess_p=known.excess_p,
         verbatim_p=known.verbatim_p,
-        memorized=len(known.rows),
+        memorized=len(memorized),
         groups=units if units < len(rows) else None,
         near_copies=sum(bool(row.copies) for row in rows),
         near_copies_verbatim=sum(bool(verbatim[number]) for number in copied),
         unequal=unequal,
     )
-    memorized = []
-    for number in known.rows[:MAX_NAMED]:
-        row, loss = rows[number], losses[number]
-        assert loss is not None
-        gain, text = (loss.base - loss.adapter) / loss.tokens, Excerpts().excerpt(row.text)
-        memorized.append(MemorizedRow(row.place, gain, continuations.tokens[number], text))
     figures = figures.model_copy(update={"sentences": _sentences(figures)})
-    return MemorizationReport(figures, _longest_passages(continuations, train_texts), memorized)
+    passages = _longest_passages(continuations, train_texts)
+    return MemorizationReport(figures, passages, memorized[:MAX_NAMED])
 
 
 def _side_figures(
@@ -268,9 +270,8 @@ def _sentences(figures: MemorizationFigures) -> list[str]:
     if figures.excess_p is None:
         second = f"{gain}; {untested}"
     elif is_significant(figures.excess_p):
-        effect = "it knows them better, but no single row stands out"
-        if figures.groups:
-            effect = "it knows them or their groups better, but none stands out"
+        known = "them or their groups" if figures.groups else "them"
+        effect = f"it knows {known} better, but none by heart"
         if figures.memorized:
             effect = f"{figures.memorized:,} of the {training.measured:,} measured are memorized"
             effect += ", by themselves or by their groups" if figures.groups else ""

@@ -424,7 +424,7 @@ def test_known_rows_are_listed(unseen):
     rows[1] = dataclasses.replace(rows[1], text="write to john.smith@example.com about it")
     tokens = [30 - number if number < 20 else 1 for number in range(100)]
     texts = [row.text for row in rows]
-    losses = [RowLoss(90.0, 9.0 + number, 30) if number < 20 else loss for number, loss in enumerate(losses)]
+    losses = [RowLoss(90.0, 9.0 + number / 10, 30) if number < 20 else loss for number, loss in enumerate(losses)]
     known = Continuations(dataclasses.replace(continuations.rows, rows=rows), tokens, texts)
     report = memorization.summarize(known, losses, [*texts, f"so it says: {texts[2]}"])
     figures = report.figures
@@ -476,8 +476,10 @@ def test_interrupted_continuations_go_on(adapter, monkeypatch, tmp_path):
 
 @pytest.fixture
 def trained(settings, tmp_path, monkeypatch):
-    """Train on 20 rows, with 40 held-out ones, and report."""
+    """Train on 20 rows, with 40 held-out ones, and report. The base is as wide as learning by heart needs."""
     monkeypatch.setenv("LORA_TUNER_CACHE", str(tmp_path / "cache"))
+
+    base = tiny_models.save_model(tmp_path / "wide", "llama", width=128)
 
     def call(training=20, held_out=40, **changes):
         sides = {False: [], True: []}
@@ -485,8 +487,17 @@ def trained(settings, tmp_path, monkeypatch):
             sides[is_held_out(row_hash(text, SALT))].append(text)
         texts = sides[False][:training] + sides[True][:held_out]
         data = write_rows(tmp_path / "rows.jsonl", texts)
-        changes = {"max_steps": None, "rank": 16, "learning_rate": 2e-2, "eval_rows": 100, **changes}
-        adapter = train(settings(dataset=data, near_duplicates="keep", **changes), None)
+        config = settings(
+            base=str(base),
+            dataset=data,
+            near_duplicates="keep",
+            max_steps=None,
+            rank=32,
+            learning_rate=4e-3,
+            eval_rows=100,
+            **changes,
+        )
+        adapter = train(config, None)
         return adapter, measure(read_subject(adapter)), texts
 
     return call
@@ -504,6 +515,7 @@ def test_one_epoch_knows_no_row(trained):
     _, report, _ = trained(training=80, epochs=1)
     assert report.memorized == []
     assert report.figures.sentences[0].startswith("No training row is continued verbatim")
+    assert "memorized" not in report.figures.sentences[1]
 
 
 @pytest.mark.slow
