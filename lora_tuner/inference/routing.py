@@ -25,10 +25,11 @@ MAX_TOKENS = 256  # of a prompt: the first and the last half of them
 MAX_ROW_TOKENS = 576  # in all rows; fewer than three prompts of 256 tokens have
 MIN_TOKENS = 8  # that each of many adapters reads, beyond `MAX_ROW_TOKENS` if need be
 FINALISTS = 2
-# Standard deviations over the mean gain on general text that an adapter needs, and the share of those that another
-# adapter has which it needs too: text of any kind gains with several adapters.
-MIN_DEVIATIONS, RIVAL_SHARE = 0.9, 0.85
-MIN_SPREAD = 0.03  # nats per token
+# How much likelier a gain has to be on an adapter's own text than on general text, as a logarithm, and of the mean gain on
+# its own text the share by which it leads the base and the adapters of other data: text of any kind gains with several.
+MIN_LOG_RATIO, LEAD_SHARE = 1.0, 0.15
+# Least standard deviations, in nats per token and of the mean gain: few rows are measured, and some begin alike.
+MIN_DEVIATION, MIN_OWN_DEVIATION = 0.03, 0.15
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,23 +45,17 @@ class Candidate:
 class Score:
     """Gain of an adapter on the prompt, in nats per token, and the one that it needs to be chosen.
 
-    `expected` is the mean of its own rows with as many tokens, `general` that of general text, and `spread` the standard
-    deviation of the latter; `data` names what it was trained on.
+    `expected` is the mean of its own rows with as many tokens, `general` that of general text; `data` names what it was
+    trained on.
     """
 
     adapter: str
     gain: float
+    needed: float
     expected: float
     general: float
-    spread: float
     tokens: int
     data: str | None = None
-    needed: float = 0.0
-
-    @property
-    def deviations(self) -> float:
-        """Standard deviations of the gain over that on general text."""
-        return (self.gain - self.general) / self.spread
 
 
 @dataclass(frozen=True)
@@ -93,8 +88,8 @@ class Choice:
 
 
 def choose(scores: Sequence[Score]) -> Choice:
-    """Choose of the adapters that gain what they need the one with the highest gain."""
-    rated = [replace(score, needed=_needed_gain(score, scores)) for score in scores]
+    """Choose of the adapters that gain what they need, and lead the others, the one with the highest gain."""
+    rated = [replace(score, needed=round(max(score.needed, _lead(score, scores)), 4)) for score in scores]
     ranked = tuple(sorted(rated, key=lambda score: (-score.gain, score.adapter)))
     for score in ranked:
         if score.gain >= score.needed:
@@ -102,13 +97,11 @@ def choose(scores: Sequence[Score]) -> Choice:
     return Choice(None, round(min((score.needed - score.gain for score in ranked), default=0.0), 4), ranked)
 
 
-def _needed_gain(score: Score, scores: Sequence[Score]) -> float:
-    """Return the gain that tells a prompt of an adapter's kind from general text, which the other adapters of other
-    data may gain on too."""
+def _lead(score: Score, scores: Sequence[Score]) -> float:
+    """Return the gain that leads the base and the adapters of other data."""
     others = [each for each in scores if each.adapter != score.adapter]
-    rivals = [each.deviations for each in others if each.data is None or each.data != score.data]
-    deviations = MIN_DEVIATIONS + RIVAL_SHARE * max([0.0, *rivals])
-    return round(max(score.general + deviations * score.spread, 0.0), 4)
+    rivals = [each.gain for each in others if each.data is None or each.data != score.data]
+    return max([0.0, *rivals]) + LEAD_SHARE * max(score.expected, 0.0)
 
 
 def make_score(candidate: Candidate, gain: float, tokens: int) -> Score:
@@ -116,17 +109,40 @@ def make_score(candidate: Candidate, gain: float, tokens: int) -> Score:
     own = candidate.lora.routing
     assert own is not None
     assert own.general is not None
-    expected, _ = gain_after(own, tokens)
-    general, spread = gain_after(own.general, tokens)
     return Score(
         adapter=candidate.name,
         gain=round(gain, 4),
-        expected=round(expected, 4),
-        general=round(general, 4),
-        spread=round(max(spread, MIN_SPREAD), 4),
+        needed=needed_gain(own, own.general, tokens),
+        expected=round(gain_after(own, tokens)[0], 4),
+        general=round(gain_after(own.general, tokens)[0], 4),
         tokens=tokens,
         data=candidate.lora.data,
     )
+
+
+def needed_gain(own: OpeningGains, general: OpeningGains, tokens: int) -> float:
+    """Return the least gain that speaks for own text rather than general text, both normally distributed.
+
+    One above the mean of own text speaks for it as the mean does, one below that of general text likewise.
+    """
+    general_mean, general_deviation = gain_after(general, tokens)
+    own_mean, own_deviation = gain_after(own, tokens)
+    own_mean = max(own_mean, general_mean + MIN_DEVIATION)
+    own_deviation = max(own_deviation, MIN_DEVIATION, MIN_OWN_DEVIATION * own_mean)
+    general_deviation = max(general_deviation, MIN_DEVIATION)
+
+    def log_ratio(gain: float) -> float:
+        above, below = max(gain - general_mean, 0.0), max(own_mean - gain, 0.0)
+        squares = (above / general_deviation) ** 2 - (below / own_deviation) ** 2
+        return squares / 2 + math.log(general_deviation / own_deviation)
+
+    low, high = general_mean, own_mean
+    while log_ratio(high) < MIN_LOG_RATIO:
+        high += general_deviation
+    for _ in range(30):  # the ratio rises with the gain
+        middle = (low + high) / 2
+        low, high = (middle, high) if log_ratio(middle) < MIN_LOG_RATIO else (low, middle)
+    return round(high, 4)
 
 
 def gain_after(gains: OpeningGains, tokens: int) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from lora_tuner import Library, TrainConfig, train
 from lora_tuner.adapters.adapter import MANIFEST_FILE
+from lora_tuner.adapters.manifest import why_never_chosen
 from lora_tuner.cli.app import app
 
 from .. import api_server
@@ -49,6 +50,8 @@ def library(gpt2, tmp_path_factory):
         "rank": 4,
         "learning_rate": 2e-2,
         "eval_rows": 10,
+        "eval_every": 25,  # fewer measurements and samples
+        "sample_prompt": ["a"],
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORA_TUNER_CACHE", str(folder / "cache"))
@@ -143,9 +146,10 @@ def test_library_without_scores_is_refused(library, tmp_path):
 def test_older_manifest_has_no_scores(library, tmp_path):
     folder = shutil.copytree(library / "sums", tmp_path / "adapters" / "sums")
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
-    assert manifest.pop("routing")["gain"][0] > 0
-    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
-    assert Library(tmp_path / "adapters").get("sums").manifest.routing is None
+    assert manifest["routing"]["gain"][0] > manifest["routing"].pop("general")["gain"][0]
+    for older in (manifest, manifest | {"routing": None}):
+        (folder / MANIFEST_FILE).write_text(json.dumps(older))
+        assert "--probes" in why_never_chosen(Library(tmp_path / "adapters").get("sums").manifest)
 
 
 @pytest.mark.parametrize("expected", PROMPTS)
