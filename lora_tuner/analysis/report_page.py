@@ -80,7 +80,7 @@ def _facts(report: Report) -> list[Fact]:
     facts = []
     if report.style:
         figures = report.style.figures
-        share = "?" if figures.share is None else f"{figures.share:.0%}"
+        share = "?" if figures.share is None else f"{round(100 * figures.share)}%"
         facts.append(Fact("style", share, "of the way from the base to your style"))
     if report.memory:
         count = report.memory.figures.memorized
@@ -124,7 +124,7 @@ def _style_intervals(figures: StyleFigures) -> list[Interval]:
     for name, each in named.items():
         if each.share is not None and each.interval is not None:
             low, high = each.interval
-            text = f"{each.share:.0%} ({100 * low:.0f} to {100 * high:.0f})"
+            text = f"{round(100 * each.share)}% ({round(100 * low)} to {round(100 * high)})"
             intervals.append(Interval(name, each.share, low, high, text))
     return intervals
 

@@ -93,7 +93,7 @@ class StyleReport:
     @property
     def tables(self) -> dict[str, list[list[str]]]:
         """Title of each table -> its rows, of which the first is the head."""
-        head = ["", "adapter", "base", "your own text", "of the way", "told apart from you"]
+        head = ["", "adapter", "base", "your own text", "of the way", "told apart"]
         rows = [[aspect.name, *_format_way(aspect)] for aspect in self.figures.aspects]
         tables = {"Distance to you": [head, *rows, ["all together", *_format_way(self.figures)]]}
         for more_or_less, words in (("more", self.overused), ("less", self.underused)):
@@ -273,7 +273,7 @@ def _describe(whole: StyleWay, aspects: Sequence[StyleAspect], texts: str) -> li
     elif whole.share <= 0:
         way = f"No nearer to you than the base ({_format_interval(whole)}% of the way)"
     else:
-        way = f"{100 * whole.share:.0f}% of the way from the base to you ({_format_interval(whole)})"
+        way = f"{round(100 * whole.share)}% of the way from the base to you ({_format_interval(whole)})"
     told, others = list[str](), list[str]()
     for aspect in aspects:
         (told if aspect.p_value <= LEVEL else others).append(aspect.name)
@@ -294,11 +294,11 @@ def format_p(p_value: float) -> str:
 def _format_interval(way: StyleWay) -> str:
     """Format an interval of shares in percent; below 0 the adapter is farther away than the base."""
     low, high = way.interval or (0.0, 0.0)
-    return f"{100 * low:.0f} to {100 * high:.0f}"
+    return f"{round(100 * low)} to {round(100 * high)}"  # no negative zero
 
 
 def _format_way(way: StyleWay) -> list[str]:
-    share = "" if way.share is None else f"{100 * way.share:.0f}% ({_format_interval(way)})"
+    share = "" if way.share is None else f"{round(100 * way.share)}% ({_format_interval(way)})"
     own = "" if way.own_distance is None else f"{way.own_distance:.2f}"
     return [f"{way.distance:.2f}", f"{way.base_distance:.2f}", own, share, format_p(way.p_value)]
 
