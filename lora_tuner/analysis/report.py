@@ -238,6 +238,7 @@ def _memory_contents(report: Report) -> _Contents:
     texts: Texts = {}
     for passage in report.memory.passages:
         size = f"{format_count(passage.tokens, 'token')}, {format_count(passage.characters, 'character')}"
+        size += f", in {format_count(passage.in_rows, 'training row')}"
         texts.setdefault("Longest passages that are continued as in a training row", []).append(
             (f"{passage.place} · {size}", {"": passage.text})
         )
