@@ -21,6 +21,7 @@ from . import (
     adapters,
     data,
     defaults,
+    doublings,
     generation,
     growth,
     larger,
@@ -55,6 +56,7 @@ PARTS = {
     "page": page.run,
     "routing": routing.run,
     "routing_times": routing.run_times,
+    "doublings": doublings.run,
     "vllm": serving.beside_vllm,
 }
 STUDIES = (
@@ -70,6 +72,7 @@ STUDIES = (
     "page",
     "routing",
     "routing_times",
+    "doublings",
     "vllm",
 )  # slow, so they run only when named
 PACKAGES = ("lora_tuner", "torch", "transformers", "peft", "trl", "xllamacpp")

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from .inference.generator import GenerationOutput, Generator
     from .training.profiling import RunEstimate
     from .training.run import plan, resume, train
-    from .training.sweep import SweepResult, run_sweep
+    from .training.sweep import run_sweep
+    from .training.sweep_result import SweepResult
 
 try:
     __version__ = version("lora_tuner")
@@ -55,7 +56,7 @@ _HOMES = {  # public name -> module that defines it
     "Report": "analysis.report",
     "RunEstimate": "training.profiling",
     "SamplingParams": "config",
-    "SweepResult": "training.sweep",
+    "SweepResult": "training.sweep_result",
     "TrainConfig": "config",
     "blend": "convert.blend",
     "compress": "convert.compress",

@@ -56,7 +56,8 @@ _ORIGIN = re.compile(
     r"(?!http:.*:80$|https:.*:443$)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[1-9]\d{0,4})?"
 )
 PROBE: Final = "probe"  # a `learning_rate`: that of the best of a few short runs
-SWEEPABLE = ("rank", "learning_rate")  # settings that take several values: one run for each
+# Settings that take several values: one run for each.
+SWEEPABLE = ("rank", "learning_rate", "max_rows", "max_steps", "epochs")
 STOP_RULES = ("epochs", "max_steps", "minutes")
 DEFAULT_MAX_MINUTES = 10  # limit of the default one-epoch run when no stop rule is given
 
@@ -205,10 +206,15 @@ class TrainConfig(_Settings):
     )
     max_rows: int | None = _setting(
         None,
-        "Use a random sample of N rows: the same every time, and a larger N contains it.",
+        "Use a random sample of N rows: the same every time, and a larger N contains it. Several "
+        "values, separated by commas: one run each.",
         "Data",
         "all",
         ge=2,
+    )
+    eval_max_rows: int | None = Field(
+        None,
+        description="Take the held-out rows from a sample of so many rows: of a sweep over max_rows the largest.",
     )
     max_invalid: float = _setting(
         0.05,
@@ -346,9 +352,20 @@ class TrainConfig(_Settings):
     )
 
     epochs: float | None = _setting(
-        None, "Stop after N passes over the training rows.", "Training", gt=0, le=MAX_COUNT, allow_inf_nan=False
+        None,
+        "Stop after N passes over the training rows. Several values, separated by commas: one run each.",
+        "Training",
+        gt=0,
+        le=MAX_COUNT,
+        allow_inf_nan=False,
     )
-    max_steps: int | None = _setting(None, "Stop after N optimizer steps.", "Training", ge=1, le=MAX_COUNT)
+    max_steps: int | None = _setting(
+        None,
+        "Stop after N optimizer steps. Several values, separated by commas: one run each.",
+        "Training",
+        ge=1,
+        le=MAX_COUNT,
+    )
     minutes: float | None = _setting(
         None,
         "Stop after about N minutes of training; a measurement at the start converts them to steps.",
@@ -583,6 +600,16 @@ class TrainConfig(_Settings):
         if rate <= 0:
             raise ValueError("input should be greater than 0")
         return rate
+
+    @field_validator("eval_max_rows")
+    @classmethod
+    def _check_eval_max_rows(cls, value: int | None, info: ValidationInfo) -> int | None:
+        max_rows = info.data.get("max_rows")
+        if value is not None and (max_rows is None or value < max_rows):
+            raise _contradiction(
+                f"eval_max_rows is {value}, but max_rows {max_rows}: give both, max_rows no larger"
+            )
+        return value
 
     @field_validator("streaming")
     @classmethod

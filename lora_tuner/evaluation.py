@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -411,22 +412,43 @@ def paired_gain(base: HeldOutLoss, adapter: HeldOutLoss) -> EvalResult:
     estimator over rows (Cochran, Sampling Techniques, 1977, section 6.3), or over the groups of
     `base`, whose rows are not independent. With one of them the error is unknown: None.
     """
-    total, rows = sum(base.predictions), len(base.nll)
-    differences = [before - after for before, after in zip(base.nll, adapter.nll, strict=True)]
-    gain = math.fsum(differences) / total
-    by_group: dict[int, list[float]] = {}
-    for group, difference, tokens in zip(base.groups or range(rows), differences, base.predictions, strict=True):
-        by_group.setdefault(group, []).append(difference - gain * tokens)
-    squares, count = [math.fsum(residuals) ** 2 for residuals in by_group.values()], len(by_group)
+    gain, residuals = _residuals(base, adapter)
+    total, count = sum(base.predictions), len(residuals)
+    squares = math.fsum(residual**2 for residual in residuals)
     return EvalResult(
         base_loss=base.loss,
         loss=adapter.loss,
         gain=gain,
-        standard_error=math.sqrt(math.fsum(squares) * count / (count - 1)) / total if count > 1 else None,
-        rows=rows,
+        standard_error=math.sqrt(squares * count / (count - 1)) / total if count > 1 else None,
+        rows=len(base.nll),
         tokens=total,
         groups=count if base.groups else None,
     )
+
+
+def gain_covariance(base: HeldOutLoss, adapters: Sequence[HeldOutLoss]) -> list[list[float]] | None:
+    """Covariance of the gains of several adapters on the same rows, as `paired_gain` has their variances.
+
+    Returns:
+        (adapters, adapters), in squared nats per token; None for one row or group.
+    """
+    residuals = [_residuals(base, adapter)[1] for adapter in adapters]
+    count = len(residuals[0])
+    if count < 2:
+        return None
+    scale = count / (count - 1) / sum(base.predictions) ** 2
+    return [[scale * math.fsum(map(operator.mul, one, other)) for other in residuals] for one in residuals]
+
+
+def _residuals(base: HeldOutLoss, adapter: HeldOutLoss) -> tuple[float, list[float]]:
+    """Return the gain, and how much more than it each row, or each group, has gained in nats."""
+    differences = [before - after for before, after in zip(base.nll, adapter.nll, strict=True)]
+    gain = math.fsum(differences) / sum(base.predictions)
+    by_group: dict[int, list[float]] = {}
+    groups = base.groups or range(len(differences))
+    for group, difference, tokens in zip(groups, differences, base.predictions, strict=True):
+        by_group.setdefault(group, []).append(difference - gain * tokens)
+    return gain, [math.fsum(residuals) for residuals in by_group.values()]
 
 
 def gain_on(rows: Sequence[int], base: HeldOutLoss, adapter: HeldOutLoss) -> EvalResult | None:

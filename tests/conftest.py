@@ -119,7 +119,7 @@ def prepare_process() -> None:
     memory.bfloat16_speedup = lambda: 1.0
     plots.plot_loss = lambda history, manifest, to: Figure((1, 1)).savefig(to, format="png")
     samples.MAX_NEW_TOKENS = 3
-    plots.plot_sweep = lambda points, base_loss, recommended, to: Figure((1, 1)).savefig(to, format="png")
+    plots.plot_sweep = lambda points, base_loss, recommended, to, growth: Figure((1, 1)).savefig(to, format="png")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -170,7 +170,14 @@ def test_config_is_frozen():
         TrainConfig().rank = 9
 
 
-API_ONLY = {"logit_bias", "min_new_tokens", "stop_token_ids", "ignore_eos", "include_stop_str_in_output"}
+API_ONLY = {
+    "eval_max_rows",
+    "logit_bias",
+    "min_new_tokens",
+    "stop_token_ids",
+    "ignore_eos",
+    "include_stop_str_in_output",
+}
 
 
 def test_fields_have_help_and_panel():

@@ -99,6 +99,23 @@ def test_damaged_loss_cache_is_made_again(base, tmp_path, monkeypatch, damage):
     ]
 
 
+def test_gain_covariance_has_paired_errors():
+    """The variance of a difference of gains is that of the paired gain, by row and by group."""
+    one, other = (evaluation.HeldOutLoss(nll, [3, 4, 2, 5]) for nll in ([9.0, 8, 7, 9], [8.0, 8, 5, 9.5]))
+    for groups in ([], [0, 0, 1, 2]):
+        base = evaluation.HeldOutLoss([10.0, 9, 8, 12], [3, 4, 2, 5], groups)
+        covariance = evaluation.gain_covariance(base, [one, other])
+        assert covariance[0][1] == covariance[1][0]
+        for number, adapter in enumerate((one, other)):
+            error = evaluation.paired_gain(base, adapter).standard_error
+            assert covariance[number][number] == pytest.approx(error**2)
+        gap = evaluation.paired_gain(dataclasses.replace(one, groups=groups), other)
+        difference = covariance[0][0] + covariance[1][1] - 2 * covariance[0][1]
+        assert difference == pytest.approx(gap.standard_error**2)
+    single = evaluation.HeldOutLoss([10.0], [3])
+    assert evaluation.gain_covariance(single, [single]) is None
+
+
 def test_paired_gain_and_standard_error():
     base = evaluation.HeldOutLoss([10.0, 40.0, 30.0], [5, 10, 10])
     adapter = evaluation.HeldOutLoss([8.0, 37.0, 25.0], [5, 10, 10])

@@ -9,8 +9,10 @@ from ..config import MAX_COUNT
 from ..errors import AdapterError
 from ..text import display_name, format_gain, shorten
 from .manifest import EvalResult, Manifest
+from .report import Doubling, GrowthFigures
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.text import Annotation
     from matplotlib.transforms import Bbox
 
@@ -217,9 +219,16 @@ class SweepPoint(NamedTuple):
     standard_error: float | None
 
 
-def plot_sweep(points: Sequence[SweepPoint], base_loss: float, recommended: str, to: Path | IO[bytes]) -> None:
+def plot_sweep(
+    points: Sequence[SweepPoint],
+    base_loss: float,
+    recommended: str,
+    to: Path | IO[bytes],
+    growth: GrowthFigures | None = None,
+) -> None:
     """Plot held-out loss against size and against training time, with the base as a line and the
-    recommended adapter highlighted.
+    recommended adapter highlighted; and against rows, steps or rank, where it is known what twice as
+    much would bring, which is drawn with its 80% interval.
 
     Args:
         points: one of each adapter.
@@ -234,12 +243,23 @@ def plot_sweep(points: Sequence[SweepPoint], base_loss: float, recommended: str,
     lowest = min(point.loss - (point.standard_error or 0.0) for point in points)
     # A base far from all points has a strip of its own, so that their differences can be seen.
     far = base_loss - highest > highest - lowest
+    doublings = growth.doublings if growth else []
+    figure.set_figwidth(10 + 4 * len(doublings))
+    panels = len(_SWEEP_LABELS) + len(doublings)
     rows = figure.subplots(
-        1 + far, 2, sharex="col", sharey="row", squeeze=False, height_ratios=[1, 6] if far else [1]
+        1 + far, panels, sharex="col", sharey="row", squeeze=False, height_ratios=[1, 6] if far else [1]
     )
-    labels: list[list[Annotation]] = []
-    for (base_axes, axes), label in zip(zip(rows[0], rows[-1], strict=True), _SWEEP_LABELS, strict=True):
+    for doubling, axes in zip(doublings, rows[-1][len(_SWEEP_LABELS) :], strict=True):
+        _plot_doubling(axes, doubling, base_loss)
+    for base_axes, axes in zip(rows[0], rows[-1], strict=True):
         base_axes.axhline(base_loss, color="0.5", linestyle="--", label=f"base {base_loss:.3f}")
+        axes.spines[["top", "right"]].set_visible(False)
+        if far:
+            base_axes.spines[["top", "right", "bottom"]].set_visible(False)
+            base_axes.tick_params(bottom=False)
+            base_axes.set_yticks([base_loss], [f"{base_loss:.3f}"])
+    labels: list[list[Annotation]] = []
+    for axes, label in zip(rows[-1], _SWEEP_LABELS, strict=False):
         axes.set(xlabel=label, xmargin=0.05, ymargin=0.12)
         labels.append([])
         for point in sorted(points, key=lambda point: point.loss):
@@ -254,11 +274,6 @@ def plot_sweep(points: Sequence[SweepPoint], base_loss: float, recommended: str,
             )
         left, right = axes.get_xlim()
         axes.set_xlim(right=right + 0.35 * (right - left))  # room for the last label
-        axes.spines[["top", "right"]].set_visible(False)
-        if far:
-            base_axes.spines[["top", "right", "bottom"]].set_visible(False)
-            base_axes.tick_params(bottom=False)
-            base_axes.set_yticks([base_loss], [f"{base_loss:.3f}"])
     rows[-1][0].set(ylabel="held-out loss per token")
     rows[0][0].legend(frameon=False, fontsize=8)
     title = f"Recommended: {recommended} (orange). Bars: standard error of the gap to the best"
@@ -267,6 +282,26 @@ def plot_sweep(points: Sequence[SweepPoint], base_loss: float, recommended: str,
     for panel in labels:
         _part_labels(panel)
     figure.savefig(to, format="png", metadata={"Software": None})
+
+
+def _plot_doubling(axes: "Axes", doubling: Doubling, base_loss: float) -> None:
+    """Plot the loss of the trials that differ in one quantity, and what twice as much is expected to reach."""
+    losses = [base_loss - gain for gain in doubling.gains]
+    axes.plot(doubling.values, losses, "o-", color="tab:blue")
+    last, twice = doubling.values[-1], 2 * doubling.values[-1]
+    expected = losses[-1] - doubling.gain
+    bar = [[doubling.high - doubling.gain], [doubling.gain - doubling.low]]  # a larger gain is a lower loss
+    axes.plot([last, twice], [losses[-1], expected], ":", color="tab:blue")
+    axes.errorbar(
+        twice, expected, yerr=bar, fmt="o", mfc="white", capsize=4, color="tab:blue", label="expected, 80%"
+    )
+    ticks = [*doubling.values, twice]
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    label = "training rows" if doubling.quantity == "rows" else doubling.quantity
+    axes.set(xlabel=label, xmargin=0.1)
+    axes.legend(frameon=False, fontsize=8)
 
 
 def _part_labels(labels: Sequence["Annotation"]) -> None:

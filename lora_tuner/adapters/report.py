@@ -5,7 +5,7 @@ The file is optional. It counts only for the weights that it was measured on, an
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -20,6 +20,8 @@ CARD_HEADING = "## What it learned"
 Sentences = Annotated[list[Annotated[str, Field(max_length=1_000)]], Field(min_length=1, max_length=10)]
 PValue = Annotated[float, Field(ge=0, le=1)]
 TextName = Annotated[str, Field(max_length=200)]
+
+Quantity = Literal["rows", "steps", "rank", "rows and steps"]
 
 
 class _Model(BaseModel):
@@ -115,8 +117,24 @@ class ForgettingFigures(_Figures):
     guards: dict[TextName, EvalResult] = {}
 
 
+class Doubling(_Model):
+    """Gain of the trials of a sweep by the number of rows, steps or ranks, in nats per token, and what
+    twice the last of these `values` would add to it, with its standard error and 80% interval.
+    """
+
+    quantity: Quantity
+    values: Annotated[list[int], Field(min_length=2, max_length=1_000)]
+    gains: list[float]
+    gain: float
+    standard_error: float
+    low: float
+    high: float
+
+
 class GrowthFigures(_Figures):
-    """Gain by rows, steps and rank, and what doubling them would bring (adapters/growth.py)."""
+    """Gain by rows, steps and rank, and what doubling each would bring (adapters/growth.py)."""
+
+    doublings: Annotated[list[Doubling], Field(min_length=1, max_length=4)]
 
 
 class AdapterReport(_Model):

@@ -29,7 +29,9 @@ _NOT_HERE = ("dataset", "streaming", "shuffle_buffer", "packing", "eval_rows")
 _SETTINGS = [
     name
     for name, field in TrainConfig.model_fields.items()
-    if field.json_schema_extra["panel"] == "Data" and name not in _NOT_HERE  # type: ignore[index]
+    if isinstance(field.json_schema_extra, dict)
+    and field.json_schema_extra["panel"] == "Data"
+    and name not in _NOT_HERE
 ]
 _BAR_CHARS, _TERMINAL_BARS = 40, 12
 _LANGUAGES = 6

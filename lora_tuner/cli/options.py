@@ -57,6 +57,7 @@ EVAL_SET_FIELDS = (
     "clean",
 )
 DEFAULT_PREVIEWS = "3"
+SEVERAL_VALUES = " Several values, separated by commas: one run each."
 _LAYOUT_SETTINGS = ("text_column", "format", "template", "answer_column")  # of the columns of a dataset
 
 
@@ -167,7 +168,7 @@ def settings_options(kind: type[BaseModel], *names: str) -> Callable[[Command], 
         return {name: value for name, value in values.items() if value not in (None, [])}
 
     fields = [(name, field) for name, field in kind.model_fields.items() if field.json_schema_extra]
-    added = [_option(name, field) for name, field in fields if name in names or not names]
+    added = [_option(name, field, sweeps=not names) for name, field in fields if name in names or not names]
     return _replace_parameter("overrides", added, collect_overrides)
 
 
@@ -191,24 +192,28 @@ def _replace_parameter(
     return decorate
 
 
-def _option(name: str, field: FieldInfo) -> inspect.Parameter:
-    """A field as an option. It defaults to None, so that a config file can set it."""
+def _option(name: str, field: FieldInfo, *, sweeps: bool) -> inspect.Parameter:
+    """A field as an option. It defaults to None, so that a config file can set it.
+
+    Args:
+        sweeps: the command takes several values of the settings of a sweep.
+    """
     extra: Any = field.json_schema_extra
     default = extra["shown"] if field.default in (None, []) else field.default
     if isinstance(default, bool):
         default = "on" if default else "off"
     number = None
-    if name in SWEEPABLE:
-        number = float if name == "learning_rate" else int
+    if name in SWEEPABLE and sweeps:
+        number = float if name in ("learning_rate", "epochs") else int
     option = typer.Option(
         *([extra["flag"]] if extra["flag"] else []),
-        help=field.description,
+        help=field.description if sweeps else str(field.description).replace(SEVERAL_VALUES, ""),
         show_default=False if default is None else str(default),
         rich_help_panel=extra["panel"],
         file_okay=False,  # all path settings are folders
         autocompletion=_COMPLETIONS.get(name),
-        parser=functools.partial(_parse_sweep_values, number) if number else None,
-        metavar=f"<number>[,...]{f'|{PROBE}' * (number is float)}" if number else None,
+        parser=functools.partial(_parse_sweep_values, number, name == "learning_rate") if number else None,
+        metavar=f"<number>[,...]{f'|{PROBE}' * (name == 'learning_rate')}" if number else None,
     )
     value_type: Any = str if number else field.annotation
     if value_type == str | list[str]:
@@ -221,16 +226,16 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     )
 
 
-def _parse_sweep_values(number: type[int] | type[float], text: str) -> str | float | list[float]:
+def _parse_sweep_values(number: type[int] | type[float], is_rate: bool, text: str) -> str | float | list[float]:
     """Parse a number, or a list separated by commas; of learning rates also `probe`."""
-    if number is float and text == PROBE:
+    if is_rate and text == PROBE:
         return text
-    if number is float and PROBE in text.split(","):
+    if is_rate and PROBE in text.split(","):
         raise typer.BadParameter(f"{PROBE} chooses one rate: give it alone, or numbers")
     try:
         values = [number(part) for part in text.split(",")]
     except ValueError as error:
-        kind, others = ("a whole number", "") if number is int else ("a number", f", or {PROBE}")
+        kind, others = "a whole number" if number is int else "a number", f", or {PROBE}" if is_rate else ""
         raise typer.BadParameter(f"{text!r} is not {kind} or a list separated by commas{others}") from error
     if len(set(values)) < len(values):
         raise typer.BadParameter(f"{text!r} has a number twice")

@@ -23,6 +23,7 @@ from ..text import (
     format_count,
     format_duration,
     format_gain,
+    format_number,
     format_rows,
     format_share,
 )
@@ -50,7 +51,7 @@ MAX_QUOTED = 300  # characters of a prompt in a command
 if TYPE_CHECKING:
     from ..analysis.report import Report
     from ..training.profiling import RunEstimate
-    from ..training.sweep import SweepResult
+    from ..training.sweep_result import SweepResult
 
 
 @settings_options(TrainConfig)
@@ -114,7 +115,7 @@ def train(
         raise ConfigError("--plan and --preview exclude each other: give one.")
     configs = [resolve_settings(TrainConfig, settings, config) for settings in expand_sweep(overrides)]
     if len(configs) > 1 and (plan or preview):
-        raise ConfigError("--plan and --preview are for a single run: give one rank and one learning rate.")
+        raise ConfigError("--plan and --preview are for a single run: give one value of each setting.")
     settings = configs[0]
     if queue and (plan or preview):
         raise ConfigError("--queue is for training: leave it out with --plan and --preview.")
@@ -240,6 +241,8 @@ def _advise_more_steps(name: str, overrides: Overrides) -> str:
     run_file = runs_dir / name / RUN_FILE
     saved = resolve_settings(TrainConfig, {}, run_file) if run_file.is_file() else TrainConfig()
     wanted = overrides[rules[0]]
+    if isinstance(wanted, list):
+        wanted = max(wanted)
     if rules[0] == "max_steps" and saved.max_steps and wanted > saved.max_steps:
         wanted -= saved.max_steps
     option = f"--{rules[0].replace('_', '-')} {str(wanted).removesuffix('.0')}"
@@ -310,27 +313,29 @@ def _show_probe(probe: RateProbe) -> None:
 
 
 def _show_sweep(result: "SweepResult") -> None:
+    settings = _settings_that_differ(result)
     rows = []
     for trial in result.trials:
         loss, gap = "diverged", ""
         if trial.loss is not None:
             loss, gap = f"{trial.loss:.3f}", format_gain(trial.gap, trial.standard_error)
+        values = [getattr(trial, name) for name in settings]
         rows.append(
             (
                 trial.name,
-                str(trial.rank),
-                "" if trial.learning_rate is None else f"{trial.learning_rate:g}",
+                *("" if value is None else format_number(value) for value in values),
                 loss,
                 gap,
                 format_bytes(trial.bytes),
                 format_duration(trial.seconds),
             )
         )
-    print_table(
-        rows, ("adapter", "rank", "learning rate", "held-out loss", "gap to the best", "size", "training")
-    )
+    header = ("adapter", *settings.values(), "held-out loss", "gap to the best", "size", "training")
+    print_table(rows, header, droppable=("learning rate", "training"))
     print(f"base: held-out loss {result.base_loss:.3f}")
     print_picture(result.folder / SWEEP_PLOT_FILE, "held-out loss against size and training time")
+    for sentence in result.growth.sentences if result.growth else ():
+        print_wrapped(sentence)
     why = "the smallest within a standard error of the best"
     if any(trial.standard_error is None for trial in result.trials):
         why = "the best; one held-out row, group or document gives no standard error, so a smaller one may be as good"
@@ -338,6 +343,15 @@ def _show_sweep(result: "SweepResult") -> None:
     recommended = load_adapter_folder(result.path)
     _show_samples(recommended)
     _show_next_commands(recommended)
+
+
+def _settings_that_differ(result: "SweepResult") -> dict[str, str]:
+    """Return the settings of trials to show, with their names: rank and learning rate, if rows and steps are all alike."""
+    names = {"rank": "rank", "learning_rate": "learning rate", "rows": "training rows", "steps": "steps"}
+    trained = [trial for trial in result.trials if trial.loss is not None]
+    differ = {name for name in names if len({getattr(trial, name) for trial in trained}) > 1}
+    shown = differ if differ & {"rows", "steps"} else {"rank", "learning_rate"}
+    return {name: label for name, label in names.items() if name in shown}
 
 
 def show_plan(estimate: "RunEstimate") -> None:

@@ -9,7 +9,7 @@ avoids that.
 import hashlib
 import heapq
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from ..config import HELD_OUT, CleanMode, TrainConfig
@@ -198,9 +198,9 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
                     "group of its own."
                 )
             )
-    if config.max_rows is not None and config.max_rows < len(rows):
-        # By a hash of the hash: the digests alone would select held-out rows first.
-        sample = set(heapq.nsmallest(config.max_rows, rows, key=lambda digest: hashlib.sha256(digest).digest()))
+    sample = _sample(rows, config.eval_max_rows or config.max_rows)
+    trained_sample = _sample(sample, config.max_rows)
+    if len(sample) < len(rows):
         for digest, row in rows.items():
             sources[row.source].counts.not_drawn += digest not in sample
         rows = {digest: row for digest, row in rows.items() if digest in sample}
@@ -216,6 +216,8 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
             held_out[row.source].append(row)
         elif digest in dataset.eval_hashes or row.side in dataset.eval_hashes:
             sources[row.source].counts.in_eval_dataset += 1
+        elif digest not in trained_sample:
+            sources[row.source].counts.not_drawn += 1
         else:
             source = sources[row.source]
             source.train.append(row.text)
@@ -255,6 +257,14 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
             f"{'groups' if groups else 'rows'}{advice}."
         )
     return dataset
+
+
+def _sample(digests: Collection[bytes], size: int | None) -> Collection[bytes]:
+    """Return the sample of this size; None takes all. A smaller one is a part of a larger one."""
+    if size is None or size >= len(digests):
+        return digests
+    # By a hash of the hash: the digests alone would select held-out rows first.
+    return set(heapq.nsmallest(size, digests, key=lambda digest: hashlib.sha256(digest).digest()))
 
 
 def describe_data(dataset: Dataset, requested: TrainConfig, use: TextUse | None = None) -> list[str]:

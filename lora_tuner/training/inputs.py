@@ -1,55 +1,46 @@
 """Load what a run trains on: the base model, the data as token sequences, and the parent adapter.
 
-None of it depends on rank, learning rate or number of steps, so the trials of a sweep share it.
+None of it depends on rank, learning rate or number of steps, so the trials of a sweep share it; those
+that train on other numbers of rows share the base.
 """
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import cast
 
 import torch
 
-from .. import distributed, evaluation
+from .. import distributed
 from ..adapters.adapter import Adapter
 from ..adapters.library import Library
 from ..config import (
     BATCH_SIZE_CPU,
     BATCH_SIZE_GPU,
     HELD_OUT,
-    HELD_OUT_MAX_TOKENS,
     MethodName,
     ModelOptions,
     TrainConfig,
     is_conversation,
 )
-from ..data import chat_template, eval_sets, packing, tokenization
-from ..data.dataset import Dataset, describe_data, load_dataset
-from ..errors import ConfigError, EventHandler, Notice, Progress, TrainingError, ignore_events
+from ..data import eval_sets, packing, tokenization
+from ..data.dataset import Dataset, load_dataset
+from ..errors import ConfigError, EventHandler, Notice, TrainingError, ignore_events
 from ..models import added_tokens, loading, lora, packing_checks
 from ..models.added_tokens import AddedTokens
 from ..models.loading import LoadedBase
 from ..models.targets import TargetModules, describe_targets, resolve_target_modules
 from ..models.tokenizer import load_adapter_tokenizer
-from ..text import format_count, format_rows
+from .rows import EncodedRows, encode_rows
 
 
 @dataclass(frozen=True)
-class TrainingInputs:
-    """Base model and data of a run, with the settings that follow from them.
-
-    With streaming, `dataset` and `sequences` hold the first rows of the stream.
-    """
+class TrainingInputs(EncodedRows):
+    """Base model and rows of a run, with the settings that follow from them."""
 
     base: LoadedBase
     parent: Adapter | None
-    dataset: Dataset
-    sequences: packing.PackedSequences
-    held_out: list[tokenization.TokenIds]
-    held_out_texts: list[str]
-    measured_texts: list[str]  # text of each row in `held_out`
-    text_use: tokenization.TextUse
     varlen_attention: bool  # packed rows are told apart by `cu_seq_lens_q`
     kernels: str | None  # build of the C kernels, if decoder blocks are fused
     streaming: bool
@@ -128,28 +119,11 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
         if "packing" in requested.model_fields_set:
             raise TrainingError(f"{base.files.name} does not isolate packed rows: leave out --packing.")
         notify(Notice(f"Rows are padded, not packed: {base.files.name} does not isolate packed rows."))
-    invalid: tokenization.InvalidRows = {}
-    held_out_texts = dataset.held_out[: requested.eval_rows]
-    held_out = evaluation.encode_measured(base, held_out_texts, invalid)
-    measured_texts = [held_out_texts[index] for index in held_out]
-    rows, text_use = _tokenize(requested, dataset, base, max_length, invalid, notify)
-    added_tokens.check_used(added, rows, notify, streaming=requested.streaming)
-    held_out_texts = [text for text in held_out_texts if text not in invalid]
-    _check_held_out(held_out, held_out_texts, notify)
+    encoded = encode_rows(requested, dataset, base, max_length, added, notify, use_packing=use_packing)
     return TrainingInputs(
         base=base,
         parent=parent,
-        dataset=dataset,
-        sequences=packing.PackedSequences(
-            [row for source_rows in rows for row in source_rows],
-            max_length,
-            packing=use_packing,
-            source_rows=[*map(len, rows)] if dataset.weights else (),
-        ),
-        held_out=[*held_out.values()],
-        held_out_texts=held_out_texts,
-        measured_texts=measured_texts,
-        text_use=text_use,
+        **vars(encoded),
         varlen_attention=paths.varlen_attention,
         kernels=paths.kernels,
         streaming=requested.streaming,
@@ -163,6 +137,16 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
         split_salt=str(_choose_split(requested, parent)["split_salt"]),
         added=added,
     )
+
+
+def reload_rows(inputs: TrainingInputs, requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
+    """Load the rows of another trial of a sweep, with the base and all settings of `inputs`."""
+    dataset = load_rows(requested, inputs.parent, notify)
+    encoded = encode_rows(
+        requested, dataset, inputs.base, inputs.max_length, inputs.added, notify, use_packing=inputs.packing
+    )
+    shared = {field.name: getattr(inputs, field.name) for field in fields(TrainingInputs)}
+    return TrainingInputs(**shared | vars(encoded))
 
 
 def model_options(requested: TrainConfig, notify: EventHandler) -> ModelOptions:
@@ -303,9 +287,6 @@ def _choose_targets(requested: TrainConfig, parent: Adapter | None, base: Loaded
     return targets
 
 
-# Rows
-
-
 def _choose_max_length(requested: TrainConfig, base: LoadedBase, notify: EventHandler) -> int:
     """Return the length in tokens at which rows are cut: at most the context of the base."""
     name, context = base.files.name, base.max_context
@@ -317,82 +298,3 @@ def _choose_max_length(requested: TrainConfig, base: LoadedBase, notify: EventHa
         )
     notify(Notice(f"Rows have at most {context} tokens, the context length of {name}."))
     return context
-
-
-def _tokenize(
-    requested: TrainConfig,
-    dataset: Dataset,
-    base: LoadedBase,
-    max_length: int,
-    invalid: tokenization.InvalidRows,
-    notify: EventHandler,
-) -> tuple[list[list[tokenization.TokenIds]], tokenization.TextUse]:
-    """Tokenize the training rows. Returns those of each source with predictions, and the share of
-    the text in them.
-
-    Args:
-        invalid: Held-out rows that the chat template cannot write; such training rows are added,
-            and all of them are left out of the dataset.
-    """
-
-    def encode() -> tuple[list[list[tokenization.TokenIds]], tokenization.TextUse, tokenization.InvalidRows]:
-        use, rows = tokenization.TextUse(), list[list[tokenization.TokenIds]]()
-        for source in dataset.sources:
-            encoded, source_use = tokenization.encode_rows(
-                base.tokenizer, source.train, max_length, requested.long_rows, invalid
-            )
-            rows.append(encoded)
-            use += source_use
-        return rows, use, invalid
-
-    notify(Progress("tokenizing", 0, 1))
-    rows, use, all_invalid = distributed.run_on_rank_zero(encode)
-    invalid.update(all_invalid)
-    base.check_token_ids(row for source_rows in rows for row in source_rows)
-    notify(Progress("tokenizing", 1, 1))
-    dataset.leave_out(invalid, requested.max_invalid, notify)
-    _notify_rendered(base, dataset, notify)
-    kept = [[row for row in source_rows if tokenization.count_predictions(row)] for source_rows in rows]
-    for notice in describe_data(dataset, requested, use):
-        notify(Notice(notice))
-    if use.skipped_rows:
-        rows_text = format_rows(use.skipped_rows)
-        notify(Notice(f"Skipped {rows_text} with nothing to learn in the first {max_length} tokens."))
-    for source, source_rows in zip(dataset.sources, kept, strict=True):
-        if not source_rows:
-            name = f" of {source.name}" if len(kept) > 1 else ""
-            raise TrainingError(f"No row{name} has anything to learn: raise --max-length, or use other data.")
-    return kept, use
-
-
-def _notify_rendered(base: LoadedBase, dataset: Dataset, notify: EventHandler) -> None:
-    """Report texts that a chat template has rendered, of this base or another."""
-    texts = [text for text in dataset.train if chat_template.looks_rendered(text)]
-    own = sum(chat_template.is_rendered(base.tokenizer, text) for text in texts)
-    if own:
-        notify(
-            Notice(
-                f"A chat template has rendered {own:,} of {len(dataset.train):,} texts: their special tokens are read as such. "
-                "All of the text is learned; rows with `messages` would train on the answers alone."
-            )
-        )
-    if len(texts) > own:
-        notify(
-            Notice(
-                f"A chat template of another base has rendered {len(texts) - own:,} of {len(dataset.train):,} texts: its marks "
-                f"are plain text for {base.files.name}. Give rows with `messages` to use the template of this base."
-            )
-        )
-
-
-def _check_held_out(held_out: Collection[int], texts: list[str], notify: EventHandler) -> None:
-    """Report held-out rows without predictions. Raises TrainingError when there is nothing to predict."""
-    if len(held_out) < len(texts):
-        notify(
-            Notice(
-                f"Skipped {format_count(len(texts) - len(held_out), 'held-out row')} with nothing to predict in the "
-                f"first {HELD_OUT_MAX_TOKENS} tokens."
-            )
-        )
-    if not held_out:
-        raise TrainingError("No held-out row has anything to predict: give --eval-dataset.")

@@ -29,7 +29,6 @@ from ..data.eval_sets import EvalSet
 from ..data.general_text import general_texts
 from ..data.prompts import held_out_prompts
 from ..data.splitting import content_hash
-from ..data.tokenization import encoded_hash
 from ..errors import (
     ConfigError,
     EventHandler,
@@ -213,7 +212,7 @@ class TrainingSetup(TrainingInputs):
                 sources=self.source_infos(),
                 held_out_hash=self.eval_set(dataset.name).hash(),
                 held_out_rows=len(self.held_out_texts),
-                encoded_hash=encoded_hash([*self.sequences.rows, *self.held_out]),
+                encoded_hash=self.rows_hash,
             ),
             parents=[self.parent.parent_info()] if self.parent else [],
             run=RunInfo(

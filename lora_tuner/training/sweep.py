@@ -1,25 +1,24 @@
-"""Train at several ranks or learning rates, one after another, and recommend an adapter.
+"""Train at several ranks, learning rates or numbers of rows or steps, one after another, and recommend an adapter.
 
-Base and data are loaded once. A sweep is stopped and resumed like one run: `runs/NAME.sweep` lists
-its trials, and those that have finished are not trained again. Which ones have is not written
-there, so that a crash cannot make it wrong: their adapters have the sweep's id in their manifests.
-All trials take the same number of steps, so a time limit is that of the first."""
+The base is loaded once, and the data once for each number of rows; all trials are measured on the
+same rows. A sweep is stopped and resumed like one run: `runs/NAME.sweep` lists its trials, and those
+that have finished are not trained again. Which ones have is not written there, so that a crash
+cannot make it wrong: their adapters have the sweep's id in their manifests. Without a number of
+steps or epochs all trials take the same steps, so a time limit is that of the first, which has the most rows."""
 
 import contextlib
-import json
 import os
 import secrets
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .. import atomic_io, distributed, evaluation
-from ..adapters import plots
 from ..adapters.adapter import RUN_FILE, Adapter, validate_name, verify_adapter
 from ..adapters.library import Library, adapter_name
-from ..config import PROBE, STOP_RULES, SWEEPABLE, ModelOptions, TrainConfig
+from ..config import PROBE, STOP_RULES, SWEEPABLE, TrainConfig
 from ..data.sources import resolve_eval_dataset
 from ..errors import (
     AdapterError,
@@ -33,50 +32,21 @@ from ..errors import (
     ignore_events,
     os_error_message,
 )
-from ..models import lora
 from ..settings_files import resolve_settings
-from ..text import format_number
-from . import arguments, checkpoints, paths, run
+from ..text import format_number, format_rows
+from . import arguments, checkpoints, paths, profiling, run
+from .inputs import TrainingInputs, reload_rows
 from .progress import closing, display
 from .setup import TrainingSetup, prepare_training
+from .sweep_result import SweepResult, measure_trials, write_result
 from .unfinished import SweepState, read_sweep, sweep_of, write_sweep
 
-
-@dataclass(frozen=True)
-class Trial:
-    """One run of a sweep.
-
-    `loss` is None if it diverged, `learning_rate` too if it was not given; `gap` is to the best,
-    paired."""
-
-    name: str
-    rank: int
-    learning_rate: float | None
-    loss: float | None = None
-    bytes: int = 0
-    seconds: float = 0.0
-    gap: float = 0.0
-    standard_error: float | None = 0.0  # None for a single held-out row, group or document
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """All trials, and the recommended one, with the path of its adapter: the smallest whose gap is
-    within one standard error."""
-
-    name: str
-    base_loss: float
-    trials: list[Trial]
-    recommended: str
-    path: Path
-    folder: Path
-
-    def to_dict(self) -> dict[str, object]:
-        return asdict(self) | {"path": str(self.path), "folder": str(self.folder)}
+ROW_FACTS = ("data", "rows as tokens")  # in which trials on different numbers of rows differ
+InputsBySize = dict[int | None, TrainingInputs]  # by `max_rows`
 
 
 def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler | None = display) -> SweepResult:
-    """Train one adapter for each configuration; they differ only in rank and learning rate.
+    """Train one adapter for each configuration; they differ only in the settings of `SWEEPABLE`.
 
     Raises:
         LoraTunerError: a request is wrong, before anything is trained.
@@ -87,30 +57,38 @@ def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler | None = disp
     first = configs[0]
     if first.parent is not None and len({config.rank for config in configs}) > 1:
         raise ConfigError("--from keeps the rank of the parent: give several learning rates, not ranks.")
+    configs = _with_shared_held_out_rows(configs)
     name = adapter_name(first)
     folder = paths.sweep_folder(first.runs_dir, name)
     trials = [config.model_copy(update={"name": _trial_name(name, config, configs)}) for config in configs]
     if len({trial.name for trial in trials}) < len(trials):
-        raise ConfigError("Two trials have the same rank and learning rate: give each once.")
+        raise ConfigError("Two trials have the same settings: give each once.")
     for trial in trials:
         paths.check_places(trial, sweep=folder)
     with closing(notify), paths.run_lock(first.runs_dir, folder.name):
         _check_name_free(name, first)
         for trial in trials:
             paths.check_output_paths(trial)
-        measured = resolve_eval_dataset(first, notify, "a sweep selects a rank or a learning rate")
+        measured = resolve_eval_dataset(first, notify, "a sweep selects a trial")
         changes = {"eval_dataset": measured.eval_dataset, "eval_split": measured.eval_split}
         trials = [trial.model_copy(update=changes) for trial in trials]
         arguments.check_trackers(first)
-        widest = max(trials, key=lambda trial: trial.rank)
+        widest = max(trials, key=lambda trial: (trial.rank, trial.max_rows or 0))
         setup = prepare_training(_with_max_steps(widest, 1, learning_rate=1.0), notify)  # what fits it fits all
         paths.check_disk_space(setup)
         checkpoints.check_can_be_saved(setup)
-        facts = checkpoints.reproducibility_facts(setup.manifest)
+        inputs = _load_sizes(trials, setup)
+        if len({trial.epochs for trial in trials}) > 1:  # in the run.yaml of its adapter a trial has steps
+            epochs = [inputs[trial.max_rows].steps_per_epoch for trial in trials]
+            steps = map(
+                partial(profiling.steps_for_stop_rule, seconds_per_step=None, notify=notify), trials, epochs
+            )
+            trials = [*map(_with_max_steps, trials, steps)]
+        facts = _facts(setup, trials) | _facts_of_sizes(inputs)
         state = SweepState(id=secrets.token_hex(16), trials=trials, facts=facts, diverged=[])
         with _resumable(name, first):
             write_sweep(state, folder)
-            return _run_trials(name, state, {}, setup, notify)
+            return _run_trials(name, state, {}, inputs, setup, notify)
 
 
 def is_unfinished(name: str, runs_dir: Path) -> bool:
@@ -160,14 +138,12 @@ def resume_sweep(
             elif trial.name not in state.diverged:
                 _check_place(trial, name, state.id)
         with _resumable(name, state.trials[0]):
-            return _run_trials(name, state, adapters, None, notify, accept)
+            return _run_trials(name, state, adapters, {}, None, notify, accept)
 
 
 def _refuse_several_processes() -> None:
     if distributed.expected_world_size() > 1:
-        raise ConfigError(
-            "A sweep runs in one process: leave out torchrun, or give one rank and one learning rate."
-        )
+        raise ConfigError("A sweep runs in one process: leave out torchrun, or give one value of each setting.")
 
 
 def _check_name_free(name: str, config: TrainConfig) -> None:
@@ -215,38 +191,97 @@ def _resume_command(name: str, config: TrainConfig) -> str:
 
 def _trial_name(name: str, config: TrainConfig, configs: Sequence[TrainConfig]) -> str:
     """Make the name of a trial: that of the sweep, and the settings in which the trials differ."""
-    for setting, letters in zip(SWEEPABLE, ("r", "lr"), strict=True):
+    for setting, letters in zip(SWEEPABLE, ("r", "lr", "n", "s", "e"), strict=True):
         if len({getattr(other, setting) for other in configs}) > 1:
             value = format_number(getattr(config, setting))
             name += f"-{letters}{value}".replace(".", "p").replace("+", "")
     return validate_name(name)
 
 
+def _with_shared_held_out_rows(trials: Sequence[TrainConfig]) -> Sequence[TrainConfig]:
+    """Let trials on different numbers of rows be measured on the held-out rows of the largest."""
+    if len({trial.max_rows for trial in trials}) == 1:
+        return trials
+    sizes = [trial.max_rows for trial in trials if trial.max_rows is not None]
+    if len(sizes) < len(trials):
+        raise ConfigError("One trial has no max_rows, which the others have: give it a number too.")
+    return [trial.model_copy(update={"eval_max_rows": max(sizes)}) for trial in trials]
+
+
+def _load_sizes(trials: Sequence[TrainConfig], setup: TrainingSetup) -> InputsBySize:
+    """Load the rows of each number of rows. Raises ConfigError if two numbers train on the same ones."""
+    inputs: InputsBySize = {setup.config.max_rows: setup}
+    for trial in trials:
+        if trial.max_rows not in inputs:
+            inputs[trial.max_rows] = reload_rows(setup, trial, ignore_events)
+    sizes: dict[str, int | None] = {}
+    for size, loaded in sorted(inputs.items(), key=lambda item: item[0] or 0):
+        if (other := sizes.setdefault(loaded.dataset.hash(), size)) != size:
+            raise ConfigError(
+                f"--max-rows {other} and {size} train on the same {format_rows(len(loaded.dataset.train))}: "
+                "the data has no more, so give smaller numbers."
+            )
+    return inputs
+
+
+def _facts(setup: TrainingSetup, trials: Sequence[TrainConfig]) -> dict[str, str]:
+    """Return what the result of a trial depends on besides its settings."""
+    facts = checkpoints.reproducibility_facts(setup.manifest)
+    if len({trial.max_rows for trial in trials}) == 1:
+        return facts
+    own = {name: facts.pop(name) for name in ROW_FACTS}
+    return facts | {_fact_of_size(name, setup.config.max_rows): fact for name, fact in own.items()}
+
+
+def _facts_of_sizes(inputs: InputsBySize) -> dict[str, str]:
+    """Return the facts in which trials on different numbers of rows differ; none for a single number."""
+    facts: dict[str, str] = {}
+    for size, loaded in inputs.items() if len(inputs) > 1 else ():
+        hashes = loaded.dataset.hash(), loaded.rows_hash
+        facts |= {_fact_of_size(name, size): fact for name, fact in zip(ROW_FACTS, hashes, strict=True)}
+    return facts
+
+
+def _fact_of_size(name: str, size: int | None) -> str:
+    return f"{name} of --max-rows {size}"
+
+
 def _run_trials(
     name: str,
     state: SweepState,
     adapters: dict[str, Adapter],
+    inputs: InputsBySize,
     setup: TrainingSetup | None,
     notify: EventHandler,
     accept: Collection[str] = (),
 ) -> SweepResult:
-    """Train the trials that have no adapter yet, compare all, and replace the state by the result."""
+    """Train the trials that have no adapter yet, compare all, and replace the state by the result.
+
+    Args:
+        inputs: base and rows for each number of rows; those that are missing are loaded.
+        setup: an earlier one on the same base.
+    """
     trials = state.trials
     folder = paths.sweep_folder(trials[0].runs_dir, name)
 
     def prepare_trial(requested: TrainConfig, notify: EventHandler) -> TrainingSetup:
         nonlocal setup
+        size = requested.max_rows
         if setup is not None:
             setup.remove_lora()
-        setup = prepare_training(requested, notify, inputs=setup, sweep=state.id)
-        facts = checkpoints.reproducibility_facts(setup.manifest)
+            if size not in inputs:
+                inputs[size] = reload_rows(setup, requested, ignore_events)
+        setup = prepare_training(requested, notify, inputs=inputs.get(size), sweep=state.id)
+        inputs.setdefault(size, setup)
+        facts = _facts(setup, trials)
         if changed := {name: facts[name] for name in accept if facts[name] != state.facts[name]}:
             state.facts.update(changed)
             write_sweep(state, folder)
         checkpoints.check_unchanged(state.facts, facts, folder)
         return setup
 
-    for number, trial in enumerate(trials, 1):
+    order = sorted(trials, key=lambda trial: -(trial.max_rows or 0))  # the first one decides on the steps
+    for number, trial in enumerate(order, 1):
         trial_name, run_folder = str(trial.name), paths.run_folder(trial)
         begun = (run_folder / RUN_FILE).is_file() and sweep_of(run_folder) == state.id
         if begun and trial_name in adapters:
@@ -274,16 +309,9 @@ def _run_trials(
         )
     if setup is None and evaluation.cached_rows(next(iter(adapters.values()))).missing:
         prepare_trial(_with_max_steps(trials[0], 1, learning_rate=1.0), notify)  # the rows that are measured
-    result = _measure_trials(name, folder, trials, adapters, setup, notify)
+    result = measure_trials(name, state.id, folder, trials, adapters, setup, notify)
     with atomic_io.atomic_folder(folder) as work:
-        text = json.dumps(result.to_dict(), indent=2) + "\n"
-        (work / paths.SWEEP_RESULT_FILE).write_text(text, encoding="utf-8")
-        points = [
-            plots.SweepPoint(trial.name, trial.bytes, trial.seconds, trial.loss, trial.standard_error)
-            for trial in result.trials
-            if trial.loss is not None
-        ]
-        plots.plot_sweep(points, result.base_loss, result.recommended, work / paths.SWEEP_PLOT_FILE)
+        write_result(result, work)
         paths.check_sweep_folder(folder, f"move them, and resume with: {_resume_command(name, trials[0])}")
     return result
 
@@ -310,7 +338,9 @@ def _finished_adapter(trial: TrainConfig, sweep: str) -> Adapter | None:
         adapter = Library(trial.adapters_dir).get(str(trial.name))
         is_of_sweep = adapter.manifest and checkpoints.sweep_id(adapter.manifest) == sweep
         config = resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE)  # its name may be another trial's
-        is_trial = config.rank == trial.rank and trial.learning_rate in (None, PROBE, config.learning_rate)
+        is_trial = (config.rank, config.max_rows) == (trial.rank, trial.max_rows)
+        is_trial = is_trial and trial.learning_rate in (None, PROBE, config.learning_rate)
+        is_trial = is_trial and trial.max_steps in (None, config.max_steps)
         if is_of_sweep and is_trial and not verify_adapter(adapter):
             return adapter
     return None
@@ -330,63 +360,3 @@ def _check_place(trial: TrainConfig, name: str, sweep: str) -> None:
         raise TrainingError(
             f"{run_folder} holds the checkpoints of a finished run, whose adapter is gone: rename or remove that folder."
         )
-
-
-def _measure_trials(
-    name: str,
-    folder: Path,
-    trials: list[TrainConfig],
-    adapters: dict[str, Adapter],
-    setup: TrainingSetup | None,
-    notify: EventHandler,
-) -> SweepResult:
-    """Compare the trials on the same held-out rows, each paired with the best.
-
-    Args:
-        setup: that of the last trial, or None when all trials had finished before.
-    """
-    first_adapter = next(iter(adapters.values()))
-    first = resolve_settings(TrainConfig, {}, first_adapter.path / RUN_FILE)
-    if setup is not None:
-        setup.remove_lora()
-        base, rows = setup.base, setup.eval_set(name)
-    else:
-        options = ModelOptions(
-            device=first.device, dtype=first.dtype, load_in=first.load_in, threads=first.threads, notify=notify
-        )
-        base, rows = evaluation.open_base(first_adapter, options), evaluation.cached_rows(first_adapter)
-        for adapter in adapters.values():
-            lora.check_base(adapter, base, options)
-    losses = evaluation.held_out_losses(base, adapters, [rows], notify)
-    held_out = {}
-    for trial_name, (pair,) in zip(adapters, losses, strict=True):
-        if pair is None:
-            raise TrainingError(f"{name}: {rows.missing}, so the trials cannot be compared.")
-        base_held_out, held_out[trial_name] = pair
-    best = min(held_out.values(), key=lambda loss: loss.loss)
-    results = []
-    for trial in trials:
-        trial_name = str(trial.name)
-        if trial_name not in adapters:
-            rate = trial.learning_rate
-            results.append(Trial(trial_name, trial.rank, rate if isinstance(rate, float) else None))
-        else:
-            adapter, loss = adapters[trial_name], held_out[trial_name]
-            config = resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE)
-            gap = evaluation.paired_gain(loss, best)
-            results.append(
-                Trial(
-                    name=trial_name,
-                    rank=config.rank,
-                    learning_rate=float(config.learning_rate or 0),
-                    loss=loss.loss,
-                    bytes=adapter.bytes,
-                    seconds=adapter.manifest.run.seconds if adapter.manifest and adapter.manifest.run else 0.0,
-                    gap=gap.gain,
-                    standard_error=gap.standard_error,
-                )
-            )
-    good = [trial for trial in results if trial.loss is not None and trial.gap <= (trial.standard_error or 0.0)]
-    smallest = min(good, key=lambda trial: (trial.bytes, trial.loss))
-    path = adapters[smallest.name].path
-    return SweepResult(name, base_held_out.loss, results, smallest.name, path, folder)

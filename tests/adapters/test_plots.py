@@ -11,6 +11,7 @@ from lora_tuner import EvalSet, GainMatrix
 from lora_tuner.adapters import plots
 from lora_tuner.adapters.manifest import EvalResult
 from lora_tuner.adapters.plots import plot_loss, plot_sweep  # the session leaves them empty elsewhere
+from lora_tuner.adapters.report import Doubling, GrowthFigures
 from lora_tuner.errors import AdapterError
 
 from .. import adapter_files
@@ -317,6 +318,20 @@ def test_sweep_plot_shows_base_errors_labels(saved, base, panels):
     assert [text.get_text() for text in trials.texts] == ["r4 3.490", "r8 3.490", "r$2$ 3.500"]
     boxes = [text.get_window_extent() for text in trials.texts]
     assert not any(boxes[one].overlaps(boxes[other]) for one, other in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_sweep_plot_shows_doubling(saved):
+    """The trials by their rows, and what twice as many are expected to reach, with the interval."""
+    facts = {"quantity": "rows", "values": [20, 40, 80], "gains": [0.1, 0.2, 0.25]}
+    doubling = Doubling(**facts, gain=0.03, standard_error=0.01, low=0.02, high=0.05)
+    growth = GrowthFigures(sentences=["Twice the rows."], doublings=[doubling])
+    plot_sweep(POINTS, 3.6, "r4", io.BytesIO(), growth)
+    *_, axes = saved[0].axes
+    assert (axes.get_xlabel(), axes.get_xscale()) == ("training rows", "log")
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["20", "40", "80", "160"]
+    assert axes.lines[0].get_ydata() == pytest.approx([3.5, 3.4, 3.35])
+    bar = axes.collections[0].get_segments()[0]
+    assert bar.tolist() == [pytest.approx([160, 3.30]), pytest.approx([160, 3.33])]
 
 
 def test_sweep_plot_of_single_trial(saved):

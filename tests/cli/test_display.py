@@ -12,6 +12,7 @@ from lora_tuner.adapters.adapter import MANIFEST_FILE, load_adapter_folder
 from lora_tuner.adapters.library import Ancestor
 from lora_tuner.adapters.manifest import EvalResult
 from lora_tuner.adapters.model_card import model_card
+from lora_tuner.adapters.report import GrowthFigures
 from lora_tuner.adapters.samples import SAMPLES_FILE, Sample, write_samples
 from lora_tuner.analysis.leak import Leak
 from lora_tuner.cli import adapters, convert, display, evaluate, export, generate, train
@@ -23,7 +24,7 @@ from lora_tuner.evaluation import GainMatrix
 from lora_tuner.server.playground.gain_matrix import show_gains
 from lora_tuner.text import describe_gain, escape_control, format_bytes, format_duration
 from lora_tuner.training.progress import Display
-from lora_tuner.training.sweep import SweepResult, Trial
+from lora_tuner.training.sweep_result import SweepResult, Trial
 
 from .. import adapter_files
 from .test_commands import run
@@ -309,6 +310,25 @@ def test_results_say_where_pictures_are(capsys, wide, tmp_path):
         "picture: runs/s.sweep/sweep.png (held-out loss against size and training time)",
         f"picture: {tmp_path}/a/spectrum.png (singular values of each kind of layer)",
     ]
+
+
+def test_sweep_over_rows_shows_what_more_brings(capsys, monkeypatch, tmp_path):
+    """In 80 columns, with the settings that differ alone."""
+    monkeypatch.setenv("COLUMNS", "80")
+    adapter = load_adapter_folder(adapter_files.write(tmp_path / "a", facts=adapter_files.manifest()))
+    trials = [Trial(f"reviews-n{n}", 8, 1e-3, 3.0, 9_800_000, 65.0, rows=n, steps=400) for n in (1_600, 3_200)]
+    doubling = {"quantity": "rows", "values": [1_600, 3_200], "gains": [0.1, 0.2], "gain": 0.03}
+    doubling |= {"standard_error": 0.01, "low": 0.017, "high": 0.043}
+    growth = GrowthFigures(
+        sentences=["Twice the rows: +0.030 ± 0.010.", "Text limits you."], doublings=[doubling]
+    )
+    folder = Path("runs/s.sweep")
+    train._show_sweep(SweepResult("s", 3.0, [*trials], "a", adapter.path, folder, growth=growth))
+    lines = printed(capsys).splitlines()
+    assert " ".join(lines[0].split()) == "adapter training rows held-out loss gap to the best size training"
+    assert lines[1].split()[:2] == ["reviews-n1600", "1600"]
+    assert lines[5:7] == ["Twice the rows: +0.030 ± 0.010.", "Text limits you."]
+    assert max(map(len, lines)) <= 80
 
 
 def test_sweep_json_names_picture(monkeypatch):

@@ -187,7 +187,7 @@ def test_patience_selects_on_validation(folder):
 def test_selection_on_named_test_is_refused(folder, options, what):
     name = folder(**{"train.jsonl": "train", "test.jsonl": "test", "dev.jsonl": "validation"})
     config = TrainConfig(dataset=name, **options)
-    for changes, selection in (({"eval_every": 1, "patience": 1}, None), ({}, "a sweep selects a rank")):
+    for changes, selection in (({"eval_every": 1, "patience": 1}, None), ({}, "a sweep selects a trial")):
         with pytest.raises(ConfigError) as error:
             resolve_eval_dataset(config.model_copy(update=changes), print, selection)
         reason = selection or "--patience selects a step"

@@ -299,6 +299,7 @@ CHANGED: dict[str, Any] = {
 TOGETHER: dict[str, dict[str, Any]] = {
     "template": {"text_column": None, "template": "{text}"},
     "answer_column": {"text_column": None, "template": "{text}", "answer_column": "text"},
+    "eval_max_rows": {"max_rows": 50, "eval_max_rows": 60},
     "eval_split": {"eval_dataset": "reviews.csv", "eval_split": "test"},
     "parent_sha256": {"parent": "x", "parent_sha256": "ab"},
     "shuffle_buffer": {"streaming": True, "shuffle_buffer": 5},

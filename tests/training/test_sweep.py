@@ -1,11 +1,15 @@
 """Sweeps: each trial equals its single run, and a stopped sweep resumes."""
 
 import json
+import math
+import re
 import shutil
 
 import pytest
 
 from lora_tuner import Library, ModelOptions, TrainConfig, evaluate, evaluation, resume, train
+from lora_tuner.adapters.growth import find_growth
+from lora_tuner.data.dataset import load_dataset
 from lora_tuner.errors import (
     AdapterError,
     ConfigError,
@@ -60,7 +64,7 @@ def test_sweep_never_selects_on_test(settings, tmp_path):
     result = sweep.run_sweep(
         configs_of(settings, 2, 4, dataset="data", max_steps=1), lambda event: notices.append(str(event))
     )
-    assert sum("as a sweep selects a rank or a learning rate" in notice for notice in notices) == 1
+    assert sum("as a sweep selects a trial" in notice for notice in notices) == 1
     for trial in result.trials:
         adapter = Library().get(trial.name)
         assert adapter.manifest.data.eval_dataset is None
@@ -71,6 +75,112 @@ def test_sweep_never_selects_on_test(settings, tmp_path):
         sweep.run_sweep(
             configs_of(settings, 2, 4, name="other", dataset="data", eval_dataset="data", eval_split="test")
         )
+
+
+@pytest.fixture
+def sweep_rows(settings):
+    """Run a sweep over rows, of two steps unless others are given."""
+
+    def run_sweep(*sizes, **changes):
+        given = {"max_steps": 2} | changes
+        return sweep.run_sweep([settings(max_rows=size, **given) for size in sizes])
+
+    return run_sweep
+
+
+def test_sizes_are_nested_and_measured_alike(sweep_rows, monkeypatch):
+    """Each trial trains on the rows of `--max-rows` alone, and its run.yaml repeats it."""
+    loaded = []
+    monkeypatch.setattr(
+        inputs.loading, "open_base", lambda *of, **how: loaded.append("base") or real_base(*of, **how)
+    )
+    result = sweep_rows(30, 60, 100)
+    assert loaded == ["base"]
+    names = ["reviews-n30", "reviews-n60", "reviews-n100"]
+    assert [trial.name for trial in result.trials] == names
+    adapters = [Library().get(name) for name in names]
+    configs = [resolve_settings(TrainConfig, {}, adapter.path / "run.yaml") for adapter in adapters]
+    trained = [set(load_dataset(config).train) for config in configs]
+    assert trained[0] < trained[1] < trained[2]
+    assert [trial.rows for trial in result.trials] == [*map(len, trained)]
+    assert {trial.steps for trial in result.trials} == {2}
+    for config, rows, adapter in zip(configs, trained, adapters, strict=True):
+        alone = load_dataset(config.model_copy(update={"eval_max_rows": None}))
+        assert rows == set(alone.train)
+        data = adapter.manifest.data
+        assert data.held_out_hash == adapters[-1].manifest.data.held_out_hash
+        assert data.counts["not_drawn"] > 0
+        assert not rows & set(evaluation.cached_rows(adapter).texts)
+    again = train(configs[0].model_copy(update={"name": "again"}))
+    assert (again.sha256, again.manifest.data) == (adapters[0].sha256, adapters[0].manifest.data)
+    figures = result.growth.doublings
+    assert [(doubling.quantity, doubling.values) for doubling in figures] == [("rows", [*map(len, trained)])]
+    assert find_growth(adapters[1], Library()) == result.growth
+    (result.folder / "sweep.json").unlink()
+    unpaired = find_growth(adapters[1], Library()).doublings[0]
+    assert unpaired.gains == pytest.approx(figures[0].gains)
+    assert unpaired.standard_error > figures[0].standard_error
+
+
+def test_sizes_take_equal_epochs_or_steps(settings):
+    """Without a stop rule all take the steps of the largest."""
+    configs = [settings(max_rows=size, max_steps=None, epochs=1, batch_size=4) for size in (30, 60, 100)]
+    result = sweep.run_sweep(configs)
+    for trial in result.trials:
+        assert trial.steps == math.ceil(Library().get(trial.name).manifest.run.sequences / 4)
+    assert [doubling.quantity for doubling in result.growth.doublings] == ["rows and steps"]
+    configs = [settings(max_rows=size, max_steps=None, minutes=0.002, name="timed") for size in (30, 60)]
+    notices = []
+    result = sweep.run_sweep(configs, lambda event: notices.append(str(event)))
+    assert len({trial.steps for trial in result.trials}) == 1
+    assert any("Trial 1 of 2: timed-n60." in notice for notice in notices)
+    assert result.growth is None
+
+
+def test_steps_and_epochs_are_swept(settings):
+    result = sweep.run_sweep([settings(max_steps=steps) for steps in (1, 2, 4)])
+    assert [(trial.name, trial.steps) for trial in result.trials] == [
+        ("reviews-s1", 1),
+        ("reviews-s2", 2),
+        ("reviews-s4", 4),
+    ]
+    assert [doubling.quantity for doubling in result.growth.doublings] == ["steps"]
+    assert train(settings(max_steps=2, name="alone")).sha256 == Library().get("reviews-s2").sha256
+    configs = [settings(max_steps=None, epochs=epochs, name="epochs") for epochs in (0.05, 0.1)]
+    assert [trial.name for trial in sweep.run_sweep(configs).trials] == ["epochs-e0p05", "epochs-e0p1"]
+
+
+def test_stopped_sweep_over_rows_resumes_bitwise(settings, sweep_rows, stop_at, reviews_csv):
+    whole = sweep_rows(30, 60, 100, max_steps=4, name="whole")
+    with stop_at(2, "-n60"):
+        sweep_rows(30, 60, 100, max_steps=4)
+    text, (row, *_) = reviews_csv.read_text(), load_dataset(settings(max_rows=30, eval_max_rows=100)).train
+    reviews_csv.write_text(text.replace(row, f"{row} Again."))
+    with pytest.raises(TrainingError, match="changed since it stopped: data"):
+        sweep.resume_sweep("reviews")
+    reviews_csv.write_text(text)
+    result = sweep.resume_sweep("reviews")
+    for one, other in zip(result.trials, whole.trials, strict=True):
+        assert Library().get(one.name).sha256 == Library().get(other.name).sha256
+        assert one.loss == pytest.approx(other.loss)
+    assert [doubling.gains for doubling in result.growth.doublings] == [
+        pytest.approx(doubling.gains) for doubling in whole.growth.doublings
+    ]
+
+
+def test_wrong_sizes_are_refused(sweep_rows, settings):
+    with pytest.raises(ConfigError) as error:
+        sweep_rows(60, 500, 1000)
+    assert re.fullmatch(
+        r"--max-rows 500 and 1000 train on the same \d+ rows: the data has no more, so give smaller numbers\.",
+        str(error.value),
+    )
+    with pytest.raises(ConfigError, match="One trial has no max_rows"):
+        sweep_rows(60, None)
+    with pytest.raises(ConfigError, match="eval_max_rows is 20, but max_rows 30"):
+        resolve_settings(TrainConfig, {"max_rows": 30, "eval_max_rows": 20})
+    assert Library().names() == []
+    assert not sweep.is_unfinished("reviews", settings().runs_dir)
 
 
 @pytest.mark.slow
@@ -153,7 +263,7 @@ def test_stopped_sweep_resumes_bitwise(settings, trial, stopped_at):
 @pytest.mark.slow
 def test_sweep_stopped_while_measuring_resumes(settings, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(sweep, "_measure_trials", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(sweep, "measure_trials", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(Interrupted) as stopped:
             sweep.run_sweep(configs_of(settings, 2, 4))
     assert str(stopped.value) == "Stopped immediately. Resume with: python cli.py train --resume reviews"
@@ -327,7 +437,7 @@ def test_repeated_sweep_resumes_its_own_trial(settings, stopped_at):
 def stopped_measuring(settings, monkeypatch):
     """Run a sweep and stop it when all its trials have finished."""
     with monkeypatch.context() as patched:
-        patched.setattr(sweep, "_measure_trials", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(sweep, "measure_trials", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(Interrupted):
             sweep.run_sweep(configs_of(settings, 2, 4, max_steps=1))
 
@@ -349,14 +459,14 @@ def test_finished_trials_are_measured_on_their_base(stopped_measuring, gpt2, lla
 @pytest.mark.slow
 def test_other_files_in_sweep_folder_are_kept(settings, stopped_measuring, monkeypatch):
     mine = settings().runs_dir / "reviews.sweep" / "mine"
-    measure = sweep._measure_trials
-    monkeypatch.setattr(sweep, "_measure_trials", lambda *of: mine.write_text("x") and measure(*of))
+    measure = sweep.measure_trials
+    monkeypatch.setattr(sweep, "measure_trials", lambda *of: mine.write_text("x") and measure(*of))
     for command in (" and resume with: python cli.py train --resume reviews", "m elsewhere."):
         with pytest.raises(TrainingError, match=rf"holds files that are not of a sweep.*{command}$"):
             sweep.resume_sweep("reviews")
         assert mine.is_file()
     mine.unlink()
-    monkeypatch.setattr(sweep, "_measure_trials", measure)
+    monkeypatch.setattr(sweep, "measure_trials", measure)
     assert len(sweep.resume_sweep("reviews").trials) == 2
 
 
@@ -393,7 +503,7 @@ def test_run_and_sweep_of_one_name_are_refused(settings, stop_at, stopped_measur
 def test_sweep_with_emptied_cache_resumes(settings, monkeypatch, tmp_path):
     monkeypatch.setenv("LORA_TUNER_CACHE", str(tmp_path / "cache"))
     with monkeypatch.context() as patched:
-        patched.setattr(sweep, "_measure_trials", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(sweep, "measure_trials", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(Interrupted):
             sweep.run_sweep(configs_of(settings, 2, 4))
     shutil.rmtree(tmp_path / "cache")
@@ -537,7 +647,7 @@ def test_sweep_command_output(quick, monkeypatch):  # noqa: F811
         ),
         (
             ["--rank", "2,4", "--plan"],
-            "Error: --plan and --preview are for a single run: give one rank and one learning rate.",
+            "Error: --plan and --preview are for a single run: give one value of each setting.",
         ),
     ],
 )

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,13 +19,14 @@ from .charts import Point, Series
 from .common import PageTab, on
 
 if TYPE_CHECKING:
-    from ...training.sweep import SweepResult, Trial
+    from ...training.sweep_result import SweepResult, Trial
 
 MAX_RESULT_BYTES = 10_000_000
 NO_SWEEPS = (
-    "No sweeps yet. A sweep trains an adapter for each rank or learning rate and recommends one: "
+    "No sweeps yet. A sweep trains an adapter for each rank, learning rate or number of rows and recommends one: "
     "python cli.py train --dataset DATA --name NAME --rank 4,16,64"
 )
+_AXES = {"rows": "training rows", "steps": "steps", "learning_rate": "learning rate", "rank": "rank"}
 SELECT_TRIAL = """element.addEventListener("click", event => {
     const button = event.target.closest("button[data-name]");
     if (button) trigger("select", {name: button.dataset.name});
@@ -94,7 +95,7 @@ class SweepsTab(PageTab):
 
 def read_result(folder: Path) -> "SweepResult":
     """Read the result of a sweep. Raises TrainingError if it is damaged."""
-    from ...training.sweep import SweepResult  # with all that trains
+    from ...training.sweep_result import SweepResult  # with all that trains
 
     file = folder / SWEEP_RESULT_FILE
     try:
@@ -113,13 +114,13 @@ def show_sweep(result: "SweepResult", opened: Collection[str]) -> Markup:
     Args:
         opened: adapters that the Library can show.
     """
-    by_rate = len({trial.learning_rate for trial in result.trials}) > 1
+    axis = _choose_axis(result.trials)
     lines: dict[str, list[Point]] = {}
-    for trial in sorted(result.trials, key=lambda trial: trial.rank):
-        x = trial.learning_rate if by_rate else trial.rank
+    for trial in sorted(result.trials, key=lambda trial: (trial.rank, trial.rows or 0, trial.steps or 0)):
+        x = getattr(trial, axis)
         if x is not None:
             loss = math.nan if trial.loss is None else trial.loss
-            name = f"rank {trial.rank}" if by_rate else "trials"
+            name = "trials" if axis == "rank" else f"rank {trial.rank}"
             lines.setdefault(name, []).append(Point(x, loss, trial.standard_error, trial.name))
     why = "the smallest within a standard error of the best"
     if any(trial.standard_error is None for trial in result.trials):
@@ -127,7 +128,7 @@ def show_sweep(result: "SweepResult", opened: Collection[str]) -> Markup:
     chart = charts.line_chart(
         [Series(name, points) for name, points in lines.items()],
         title=f"Held-out loss of the trials of {result.name}",
-        x="learning rate" if by_rate else "rank",
+        x=_AXES[axis],
         y="held-out loss (nats per token)",
         reference=("base", result.base_loss),
         log_x=True,
@@ -139,6 +140,16 @@ def show_sweep(result: "SweepResult", opened: Collection[str]) -> Markup:
     )
 
 
+def _choose_axis(trials: Sequence["Trial"]) -> str:
+    """Return the setting that the chart has as its x axis: the first in which trials differ, else the rank."""
+    trained = [trial for trial in trials if trial.loss is not None]
+    for axis in _AXES:
+        compared = trials if axis == "learning_rate" else trained  # one that diverged has no rows and steps
+        if len({getattr(trial, axis) for trial in compared}) > 1:
+            return axis
+    return "rank"
+
+
 def _cells(trial: "Trial", base_loss: float) -> list[str]:
     """Return the cells of a trial; one that diverged has no figures."""
     loss, gap, gain = "diverged", "", ""
@@ -147,4 +158,5 @@ def _cells(trial: "Trial", base_loss: float) -> list[str]:
         gain = f"{base_loss - trial.loss:+.3f}"
     rate = "" if trial.learning_rate is None else f"{trial.learning_rate:g}"
     size, seconds = (format_bytes(trial.bytes), format_duration(trial.seconds)) if trial.bytes else ("", "")
-    return [str(trial.rank), rate, loss, gap, gain, size, seconds]
+    rows, steps = ("" if count is None else f"{count:,}" for count in (trial.rows, trial.steps))
+    return [str(trial.rank), rate, rows, steps, loss, gap, gain, size, seconds]

@@ -24,6 +24,7 @@ _NOT_OFFERED = (
     "dataset",
     "eval_dataset",
     "eval_split",
+    "eval_max_rows",
     "base",
     "revision",
     "parent_sha256",

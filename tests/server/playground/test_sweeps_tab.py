@@ -87,6 +87,21 @@ def test_ranks_are_the_axis(tab, copied):
     assert "a single held-out row, group or document gives no standard error" in shown
 
 
+def test_rows_are_the_axis_with_what_more_brings(tab, copied):
+    trials = [
+        {"name": f"n{rows}", "rank": 4, "learning_rate": 0.01, "loss": 3 - rows / 1000, "rows": rows, "steps": 9}
+        for rows in (20, 40)
+    ]
+    facts = {"quantity": "rows", "values": [20, 40], "gains": [0.1, 0.2], "gain": 0.1, "standard_error": 0.01}
+    growth = {"sentences": ["Twice the <rows>."], "doublings": [facts | {"low": 0.05, "high": 0.2}]}
+    change(copied, trials=trials, growth=growth, id="x")
+    shown = run_async(tab.show("rates"))
+    assert 'text-anchor="middle">training rows</text>' in shown
+    assert "Twice the &lt;rows&gt;." in shown
+    table = re.sub(r"(\s|<[^>]*>)+", " ", shown[shown.index("<tbody>") :])
+    assert "4 0.01 20 9 2.980" in table
+
+
 @pytest.mark.parametrize(
     ("values", "problem"),
     [

@@ -1,0 +1,148 @@
+"""Compare the trials of a sweep on the same held-out rows, recommend one, and say what more would bring."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .. import evaluation
+from ..adapters import plots
+from ..adapters.adapter import RUN_FILE, Adapter
+from ..adapters.growth import GrowthPoint, fit_growth
+from ..adapters.report import GrowthFigures
+from ..config import ModelOptions, TrainConfig
+from ..errors import EventHandler, TrainingError
+from ..evaluation import HeldOutLoss
+from ..models import lora
+from ..settings_files import resolve_settings
+from . import paths
+from .setup import TrainingSetup
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep.
+
+    `loss` is None if it diverged, `learning_rate` too if it was not given; `gap` is to the best,
+    paired. `rows` are those trained on; rows and steps are None if it diverged, and in older results."""
+
+    name: str
+    rank: int
+    learning_rate: float | None
+    loss: float | None = None
+    bytes: int = 0
+    seconds: float = 0.0
+    gap: float = 0.0
+    standard_error: float | None = 0.0  # None for a single held-out row, group or document
+    rows: int | None = None
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """All trials, and the recommended one, with the path of its adapter: the smallest whose gap is
+    within one standard error. `id` is in the manifests of the adapters; `growth` says what doubling
+    rows, steps or rank would bring, where three trials or more differ in one of them."""
+
+    name: str
+    base_loss: float
+    trials: list[Trial]
+    recommended: str
+    path: Path
+    folder: Path
+    id: str = ""
+    growth: GrowthFigures | None = None
+
+    def to_dict(self) -> dict[str, object]:
+        growth = self.growth.model_dump() if self.growth else None
+        return asdict(self) | {"path": str(self.path), "folder": str(self.folder), "growth": growth}
+
+
+def measure_trials(
+    name: str,
+    sweep: str,
+    folder: Path,
+    trials: list[TrainConfig],
+    adapters: dict[str, Adapter],
+    setup: TrainingSetup | None,
+    notify: EventHandler,
+) -> SweepResult:
+    """Compare the trials on the same held-out rows, each paired with the best.
+
+    Args:
+        sweep: the id of the sweep.
+        setup: that of the last trial, or None when all trials had finished before.
+    """
+    first_adapter = next(iter(adapters.values()))
+    first = resolve_settings(TrainConfig, {}, first_adapter.path / RUN_FILE)
+    if setup is not None:
+        setup.remove_lora()
+        base, rows = setup.base, setup.eval_set(name)
+    else:
+        options = ModelOptions(
+            device=first.device, dtype=first.dtype, load_in=first.load_in, threads=first.threads, notify=notify
+        )
+        base, rows = evaluation.open_base(first_adapter, options), evaluation.cached_rows(first_adapter)
+        for adapter in adapters.values():
+            lora.check_base(adapter, base, options)
+    losses = evaluation.held_out_losses(base, adapters, [rows], notify)
+    held_out = {}
+    for trial_name, (pair,) in zip(adapters, losses, strict=True):
+        if pair is None:
+            raise TrainingError(f"{name}: {rows.missing}, so the trials cannot be compared.")
+        base_held_out, held_out[trial_name] = pair
+    best = min(held_out.values(), key=lambda loss: loss.loss)
+    results = []
+    for trial in trials:
+        trial_name = str(trial.name)
+        if trial_name not in adapters:
+            rate = trial.learning_rate
+            results.append(Trial(trial_name, trial.rank, rate if isinstance(rate, float) else None))
+        else:
+            adapter, loss = adapters[trial_name], held_out[trial_name]
+            assert adapter.manifest is not None
+            assert adapter.manifest.run is not None
+            assert adapter.manifest.data is not None
+            config = resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE)
+            gap = evaluation.paired_gain(loss, best)
+            results.append(
+                Trial(
+                    name=trial_name,
+                    rank=config.rank,
+                    learning_rate=float(config.learning_rate or 0),
+                    loss=loss.loss,
+                    bytes=adapter.bytes,
+                    seconds=adapter.manifest.run.seconds,
+                    gap=gap.gain,
+                    standard_error=gap.standard_error,
+                    rows=adapter.manifest.data.counts["train"],
+                    steps=adapter.manifest.run.steps,
+                )
+            )
+    good = [trial for trial in results if trial.loss is not None and trial.gap <= (trial.standard_error or 0.0)]
+    smallest = min(good, key=lambda trial: (trial.bytes, trial.loss))
+    path = adapters[smallest.name].path
+    growth = _fit_growth(results, base_held_out, held_out)
+    return SweepResult(name, base_held_out.loss, results, smallest.name, path, folder, sweep, growth)
+
+
+def _fit_growth(trials: list[Trial], base: HeldOutLoss, held_out: dict[str, HeldOutLoss]) -> GrowthFigures | None:
+    """Estimate what a doubling would bring; None where too few trials differ, or no errors are known."""
+    points, losses = [], []
+    for trial in trials:
+        if trial.loss is not None and trial.rows and trial.steps:
+            points.append(GrowthPoint(trial.rows, trial.steps, trial.rank, base.loss - trial.loss))
+            losses.append(held_out[trial.name])
+    covariance = evaluation.gain_covariance(base, losses)
+    return fit_growth(points, covariance) if covariance else None
+
+
+def write_result(result: SweepResult, folder: Path) -> None:
+    """Write the table as JSON, and the picture."""
+    text = json.dumps(result.to_dict(), indent=2) + "\n"
+    (folder / paths.SWEEP_RESULT_FILE).write_text(text, encoding="utf-8")
+    points = [
+        plots.SweepPoint(trial.name, trial.bytes, trial.seconds, trial.loss, trial.standard_error)
+        for trial in result.trials
+        if trial.loss is not None
+    ]
+    plots.plot_sweep(points, result.base_loss, result.recommended, folder / paths.SWEEP_PLOT_FILE, result.growth)
