@@ -2,7 +2,7 @@
 
 The texts are those of data/general_text.py, and of your own. Their loss is measured as that of
 held-out rows, and its change is that of the adapter against the base, row by row: above zero is
-worse. Price: two passes over about 26,000 tokens; those of the base are in the cache after the
+worse. Price: two passes over about 29,000 tokens; those of the base are in the cache after the
 first report, and of an interrupted one the kinds that were measured.
 """
 

@@ -160,7 +160,7 @@ class TrainingSetup(TrainingInputs):
     def _measure_general(self, trained_tokens: int) -> EvalResult | None:
         """Measure base and adapter on a fixed part of the general text.
 
-        Price: one pass over about 2,000 tokens; that of the base is kept in the user's cache.
+        Price: one pass over about 2,300 tokens; that of the base is kept in the user's cache.
 
         Returns:
             None if this takes more than a small share of the run, or a row does not fit into the
