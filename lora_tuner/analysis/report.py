@@ -13,6 +13,8 @@ from typing import TypeVar, TypeVarTuple
 
 from .. import atomic_io, evaluation
 from ..adapters.adapter import CARD_FILE, Adapter, check_weights_hash
+from ..adapters.growth import find_growth
+from ..adapters.library import Library
 from ..adapters.manifest import utc_timestamp
 from ..adapters.report import (
     REPORT_FILE,
@@ -33,7 +35,7 @@ from ..errors import (
 )
 from ..inference.generator import Generator
 from ..models import lora
-from ..text import display_name, format_count, format_duration
+from ..text import display_name, format_count, format_duration, format_gain
 from . import forgetting, memorization, style
 from .forgetting import ForgettingReport
 from .memorization import MemorizationReport
@@ -253,10 +255,27 @@ def _forgetting_contents(report: Report) -> _Contents:
     return notes, {"Loss by kind of text": [*map(list, report.forgetting.table())]}, {}
 
 
+def _growth_contents(report: Report) -> _Contents:
+    assert report.growth is not None
+    rows = [["", "gains of the trials", "twice the last", "80% interval"]]
+    for doubling in report.growth.doublings:
+        trials = zip(doubling.values, doubling.gains, strict=True)
+        rows.append(
+            [
+                doubling.quantity,
+                ", ".join(f"{value:,}: {gain:.3f}" for value, gain in trials),
+                format_gain(doubling.gain, doubling.standard_error, "+.3f"),
+                f"{doubling.low:+.3f} to {doubling.high:+.3f}",
+            ]
+        )
+    return [], {"Gain by size": rows}, {}
+
+
 _CONTENTS = {
     "style": _style_contents,
     "memory": _memory_contents,
     "forgetting": _forgetting_contents,
+    "growth": _growth_contents,
 }
 
 
@@ -276,7 +295,10 @@ def mask_examples(report: StyleReport) -> StyleReport:
 
 
 def _find_growth(adapter: Adapter) -> GrowthFigures:
-    raise AdapterError(NO_SWEEP)
+    figures = find_growth(adapter, Library(adapter.path.parent))
+    if figures is None:
+        raise AdapterError(NO_SWEEP)
+    return figures
 
 
 def keep_report(adapter: Adapter, report: Report, notify: EventHandler = ignore_events) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ..adapters.report import StyleFigures
+from ..text import format_gain
 from .data_page import is_page, render_template
 from .report import Report, sections
 
@@ -89,6 +90,9 @@ def _facts(report: Report) -> list[Fact]:
         general = report.forgetting.figures.general
         is_worse = general.standard_error is not None and -general.gain > 2 * general.standard_error
         facts.append(Fact("forgetting", general.format_change(), "change of loss on general text", is_worse))
+    if report.growth:
+        best = max(report.growth.doublings, key=lambda doubling: doubling.gain)
+        facts.append(Fact("growth", f"{best.gain:+.3f}", f"gain by twice the {best.quantity}"))
     return facts
 
 
@@ -114,6 +118,18 @@ def _charts(report: Report) -> dict[str, Chart]:
             for error in [2 * (result.standard_error or 0.0)]
         ]
         charts["forgetting"] = draw_chart("Change of loss by kind of text", intervals, {0.0: "as the base"})
+    if report.growth:
+        intervals = [
+            Interval(
+                f"twice the {doubling.quantity}",
+                doubling.gain,
+                doubling.low,
+                doubling.high,
+                format_gain(doubling.gain, doubling.standard_error, "+.3f"),
+            )
+            for doubling in report.growth.doublings
+        ]
+        charts["growth"] = draw_chart("Further gain by a doubling", intervals, {0.0: "no more gain"})
     return charts
 
 

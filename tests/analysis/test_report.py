@@ -25,7 +25,7 @@ from lora_tuner.adapters.adapter import (
     RUN_FILE,
     load_adapter_folder,
 )
-from lora_tuner.adapters.report import REPORT_FILE, TITLES
+from lora_tuner.adapters.report import REPORT_FILE, TITLES, Doubling, GrowthFigures
 from lora_tuner.analysis import forgetting
 from lora_tuner.analysis import report as reports
 from lora_tuner.analysis import subject as subjects
@@ -333,6 +333,33 @@ def test_personal_data_is_masked(reported):
     style = dataclasses.replace(report.style, examples=[example])
     masked = reports.mask_examples(style)
     assert masked.examples[0].you == "write to [EMAIL]"
+
+
+def test_growth_of_a_sweep_is_shown(reported, film, monkeypatch):
+    doubling = Doubling(
+        quantity="rows",
+        values=[100, 200, 400],
+        gains=[0.1, 0.15, 0.19],
+        gain=0.03,
+        standard_error=0.01,
+        low=0.017,
+        high=0.043,
+    )
+    growth = GrowthFigures(sentences=["Twice the rows: +0.030 ± 0.010."], doublings=[doubling])
+    monkeypatch.setattr(reports, "find_growth", lambda adapter, library: growth)
+    report = make_report(film, OPTIONS, skip=["style", "memory", "forgetting"])
+    assert report.missing == {}
+    assert report.to_dict()["growth"] == growth.model_dump()
+    (section,) = sections(report)
+    assert section.tables["Gain by size"][1] == [
+        "rows",
+        "100: 0.100, 200: 0.150, 400: 0.190",
+        "+0.030 ± 0.010",
+        "+0.017 to +0.043",
+    ]
+    page = render_page(report)
+    assert "Twice the rows: +0.030 ± 0.010." in page
+    assert "twice the rows: +0.030 ± 0.010" in page  # in the chart
 
 
 # The page
