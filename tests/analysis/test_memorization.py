@@ -528,3 +528,18 @@ def test_rows_of_fifty_epochs_named(trained, held_out):
     assert {row.place for row in report.memorized} == {f"rows.jsonl line {number}" for number in range(1, 21)}
     assert {row.text for row in report.memorized} == {*texts[:20]}
     assert "are memorized" in figures.sentences[1]
+
+
+def test_answers_are_measured_after_prompts(settings, tmp_path):
+    """Of pairs of prompt and completion, of which the latter alone is learned."""
+    pairs = [text.partition(". ")[::2] for text in tiny_models.reviews(80, seed=6)]
+    rows = [{"prompt": prompt, "completion": answer} for prompt, answer in pairs if answer]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = settings(dataset=str(tmp_path / "pairs.jsonl"), max_steps=6, max_length=48, batch_size=8)
+    subject = read_subject(train(config, None))
+    report = measure(subject)
+    assert (report.memorized, report.figures.unequal) == ([], None)
+    chosen = choose_rows(subject, Generator(subject.adapter.path, options=OPTIONS).tokenizer_of("pairs"))
+    assert chosen.seen_tokens == 48  # what is cut was not seen
+    assert report.figures.training.continued > 10
+    assert {row.text for row in chosen.rows if row.is_train} <= {*subject.train_texts}
