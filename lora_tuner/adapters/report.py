@@ -37,8 +37,8 @@ class _Figures(_Model):
 class StyleWay(_Model):
     """Distances to the held-out text, and the share of the way from the base to it.
 
-    A distance is the square root of an energy distance, in units of the mean distance between all
-    texts; `own_distance` is that of training text, None where there is too little. `share` and its
+    A distance is the square root of an energy distance, in units of the spread of the distances
+    between texts; `own_distance` is that of training text, None where there is too little. `share` and its
     95% `interval` are None where the base is no farther away than that. `p_value` and
     `base_p_value`: text of adapter and base is told apart from the held-out text.
     """

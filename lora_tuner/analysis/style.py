@@ -269,7 +269,7 @@ def _describe(whole: StyleWay, aspects: Sequence[StyleAspect], texts: str) -> li
     """Say in two sentences how far the adapter has come, and in which aspects it is told apart from
     the person."""
     if whole.share is None or whole.interval is None:
-        way = "The base writes as near to you as your own text does, so there is no way to measure"
+        way = "The base is too near to you to measure a way from it"
     elif whole.share <= 0:
         way = f"No nearer to you than the base ({_format_interval(whole)}% of the way)"
     else:

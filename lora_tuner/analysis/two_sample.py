@@ -61,15 +61,13 @@ class Comparison:
         return contrast
 
     def energy(self, contrast: Array, weights: Array | None = None) -> Array:
-        """Estimate the energy distance without bias, in units of the mean distance between all
-        texts.
+        """Estimate the energy distance without bias, in units of the spread of distances.
 
         Args:
             weights: of the rows in each resample, (resamples, rows); by default one with all alike.
 
         Returns:
-            (resamples, aspects); about half of the mean squared shift of a feature in its standard
-            deviations.
+            (resamples, aspects).
         """
         weights = np.ones((1, len(self.groups))) if weights is None else weights
         sums = np.stack([((weights @ each) * weights).sum(1) for each in contrast], axis=1)
@@ -113,14 +111,19 @@ class Comparison:
 
 
 def _distances(values: Array) -> Array | None:
-    """Euclidean distances between standardized rows, their mean being 1; None where all rows are
-    alike."""
+    """Euclidean distances between standardized rows; None where all rows are alike.
+
+    They are scaled by the spread that is left without row and column means. The energy distances of
+    two alike sides vary in proportion to it, so that aspects of few features, which vary most, do
+    not drown the others in a mean.
+    """
     values = _standardize(values[:, values.std(0) > _TIE])
     squares = (values**2).sum(1)
     distances: Array = np.sqrt(np.maximum(squares[:, None] + squares - 2 * values @ values.T, 0.0))
     np.fill_diagonal(distances, 0.0)
-    mean = distances.sum() / max(len(values) * (len(values) - 1), 1)
-    return distances / mean if mean > _TIE else None
+    means = distances.mean(0)
+    spread = (distances - means - means[:, None] + means.mean()).std()
+    return distances / spread if spread > _TIE else None
 
 
 def _standardize(values: Array) -> Array:

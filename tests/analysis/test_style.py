@@ -270,7 +270,7 @@ def test_few_groups_are_said(subject, monkeypatch):
             None,
             0.04,
             [
-                "The base writes as near to you as your own text does, so there is no way to measure, by T.",
+                "The base is too near to you to measure a way from it, by T.",
                 "Its texts are told apart from yours by rhythm, not by words (p = 0.04).",
             ],
         ),
@@ -303,58 +303,54 @@ def shuffle_sentences(text, draw):
     reason="the embedded model and data are not installed",
 )
 def test_style_of_real_adapters(monkeypatch, generator_of):
-    """docs/measuring.md has the figures of these adapters with all openings."""
-    monkeypatch.setattr(style_openings, "OPENINGS", 32)
-    monkeypatch.setattr(style_openings, "NEW_TOKENS", 72)
-    shared = {"dtype": "bfloat16", "device": "cpu", "learning_rate": 1e-3, "rank": 8}
-    good = train(
-        TrainConfig(
-            **shared, name="good", max_rows=1000, max_steps=60, max_length=128, batch_size=1, eval_rows=96
-        )
-    )
-    few_rows = {"max_rows": 12, "epochs": 50, "max_length": 64, "long_rows": "truncate"}
-    over = train(TrainConfig(**shared, **few_rows, name="over", batch_size=8, eval_rows=2))
+    """docs/measuring.md has the figures of such adapters."""
+    monkeypatch.setattr(style_openings, "OPENINGS", 28)
+    monkeypatch.setattr(style_openings, "NEW_TOKENS", 56)
+    shared = {"dtype": "bfloat16", "device": "cpu", "rank": 8, "batch_size": 1}
+    many_rows = {"max_rows": 1000, "max_steps": 60, "max_length": 128, "eval_rows": 40, "learning_rate": 2e-3}
+    few_rows = {"max_rows": 8, "epochs": 50, "max_length": 48, "long_rows": "truncate", "learning_rate": 4e-3}
+    good = train(TrainConfig(**shared, **many_rows, name="good"))
+    memorizing = train(TrainConfig(**shared, **few_rows, name="memorizing", eval_rows=2))
     generator = generator_of(good)
     subject = load_subject(good, generator, CPU)
     texts = style.write_texts(subject, generator)
-    memorized = style.write_texts(replace(subject, adapter=over), generator).adapter
+    memorized = style.write_texts(replace(subject, adapter=memorizing), generator).adapter
     del generator
-    base = open_base(good, CPU)
-    report = style.measure_style(subject, texts, base)
-    share = report.figures.share
-    assert 0 < share < 1
+    base, draw = open_base(good, CPU), random_numbers.Random(0)
+    tokenizer, count = base.tokenizer, len(texts.rows)
+    lengths = OpeningLengths.suiting(encode_rows(tokenizer, subject.train_texts[:200]), base.max_context)
+    prose = [text for kind in general_texts()[:4] for text in kind.texts]
+    longest = sorted(prose, key=len)[-2 * count :]
+    others, shuffled = (
+        [opening.passage for opening in lengths.divide(tokenizer, rows, range(len(rows)))]
+        for rows in (
+            encode_rows(tokenizer, longest),
+            encode_rows(tokenizer, [shuffle_sentences(subject.held_out.texts[row], draw) for row in texts.rows]),
+        )
+    )
+    sides = [texts.you, texts.adapter, texts.base, texts.own, memorized, shuffled, others[:count]]
+    names = ["you", "adapter", "base", "own", "memorized", "shuffled", "others"]
+    kept, cut = cut_alike(sides, style_openings.MIN_WORDS)
+    comparison = style.compare(dict(zip(names, cut, strict=True)), base)
 
-    held_out, draw = subject.held_out.texts, random_numbers.Random(0)
-    lengths = OpeningLengths.suiting(encode_rows(base.tokenizer, subject.train_texts[:200]), base.max_context)
+    def told_apart_by(one, other):
+        contrast = comparison.contrast(names.index(one), names.index(other))
+        return comparison.test(contrast)
 
-    def divide(some):
-        rows = encode_rows(base.tokenizer, some)
-        return [
-            opening.passage
-            for opening in replace(lengths, count=len(some)).divide(base.tokenizer, rows, range(len(rows)))
-        ]
-
-    shuffled = divide([shuffle_sentences(held_out[row], draw) for row in texts.rows])
-    authors = [
-        text
-        for kind in general_texts()
-        if kind.name in ("encyclopedia", "news", "fiction")
-        for text in kind.texts
-    ]
-    others = divide(draw.sample(authors, len(texts.rows)))
-    for side in (shuffled, others, memorized):
-        count = min(len(side), len(texts.adapter))
-        assert told_apart(texts.adapter[:count], side[:count], base)[1].p_value <= 0.01
-    _, test = told_apart(texts.you, shuffled, base)
+    for name in ("memorized", "shuffled", "others"):
+        assert told_apart_by("adapter", name).p_value <= 0.01, name
+    test = told_apart_by("you", "shuffled")
     assert test.p_value == test.aspects["order of sentences"] <= 0.01
+    words = sum(len(split_words(passage.text)) for passage in cut[0])
+    figures = style._make_figures(comparison, words, has_own=True)
+    assert figures.base_p_value <= 0.01
+    assert 0 < figures.share < 1
 
-    own = cut_alike([divide(held_out)], 32)[1][0]
-    own = [Passage(each.opening, cut_to_words(each.text, 32)) for each in own]
-    features = text_features([each.text for each in own]) | reading_features({"": own}, base)
-    half, alarms = len(own) // 2, 0
+    own = [*cut[0], *cut[3]]
+    alarms, half = 0, len(kept)
+    features = text_features([passage.text for passage in own]) | reading_features({"own": own}, base)
     for _ in range(200):
         order = draw.sample(range(len(own)), 2 * half)
-        halves = {name: values[order] for name, values in features.items()}
-        comparison = style.Comparison(halves, 2)
-        alarms += comparison.test(comparison.contrast(0, 1)).p_value <= LEVEL
+        halves = style.Comparison({name: values[order] for name, values in features.items()}, 2)
+        alarms += halves.test(halves.contrast(0, 1)).p_value <= LEVEL
     assert alarms <= binomial_limit()

@@ -102,7 +102,10 @@ def test_energy_is_that_of_definition(random):
     one, other = scaled[:5], scaled[5:]
     energy = 2 * mean_distance(one, other) - mean_distance(one, one) - mean_distance(other, other)
     contrast = comparison.contrast(0, 1)
-    assert comparison.energy(contrast) == pytest.approx(energy / mean_distance(scaled, scaled))
+    distances = np.linalg.norm(scaled[:, None] - scaled, axis=-1)
+    means = distances.mean(0)
+    spread = (distances - means - means[:, None] + means.mean()).std()
+    assert comparison.energy(contrast) == pytest.approx(energy / spread)
     weights = np.array([[2.0, 0, 1, 1, 1]])  # row 0 twice: no pair of its two copies
     rows = [0, 0, 2, 3, 4]
     pairs = [(i, j) for i in rows for j in rows if i != j]
