@@ -30,7 +30,7 @@ from lora_tuner.inference.sequence import Sequence
 from .measure import Figure, figure, median_seconds
 
 ADAPTERS, ROWS, TEST_ROWS, ROW_CHARS = 8, 240, 40, 1_800
-STEPS, TRAIN_TOKENS, TRAIN_CHARS, EVAL_ROWS = 100, 256, 900, 20
+STEPS, TRAIN_TOKENS, TRAIN_CHARS, EVAL_ROWS = 60, 256, 900, 20
 LENGTHS, CONTINUATION = (8, 16, 32, 64, 128, 256), 48  # tokens
 PROMPTS = 6  # of each half, of each adapter and of each kind of other text
 LIBRARY = f"adapters-{STEPS}"

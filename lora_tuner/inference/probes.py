@@ -2,7 +2,7 @@
 
 Probes are short prompts with the likeliest next tokens: `adapters check --url` sends them to a server, and tells by
 its log-probabilities which weights it uses. Gains on openings are for model `auto` (routing.py). Price: four forward
-passes over a few hundred tokens, and two over at most 6,000.
+passes over a few hundred tokens, and two over at most 5,400.
 """
 
 import contextlib
@@ -39,7 +39,8 @@ TOP_TOKENS = 10  # a server gives five, in another order where its rounding deci
 MAX_TOKENS = 128  # of a prompt, with its template
 OPENING_TOKENS = (4, 8, 16, 32, 64, 128)  # after which gains are measured
 OPENINGS, MIN_OPENINGS = 32, 4  # own rows
-LOGITS_TOKENS, NLL_TOKENS = 256, 1024  # of a forward pass; of the first kind all logits exist at once
+GENERAL_TOKENS = 32  # that most rows of general text have, outside of a conversation
+LOGITS_TOKENS, NLL_TOKENS = 256, 2048  # of a forward pass; of the first kind all logits exist at once
 NEUTRAL_PROMPTS = (
     "Once upon a time", "The most important thing is", "Dear Sir or Madam,", "In this article we",
     "What is the capital of", "I have never seen such a", "The weather today is", "def main(",
@@ -170,13 +171,12 @@ def _own_openings(base: LoadedBase, texts: Sequence[str]) -> list[TokenIds]:
 def _general_openings(base: LoadedBase, *, is_chat: bool, template: Template | None) -> list[TokenIds]:
     """Token ids of general text, in the form in which the adapter is asked."""
     texts = [text for kind in general_text.general_texts(subset=True) for text in kind.texts]
-    limit = min(OPENING_TOKENS[-1], base.max_context)
     if is_chat and base.tokenizer.chat_template:
-        rows = [*_encode_chats(base, texts).values()]
+        rows, most = [*_encode_chats(base, texts).values()], OPENING_TOKENS[-1]
     else:
         filled = [(template and fill_question(*template, text)) or text for text in texts]
-        rows = tokenization.encode_texts(base.tokenizer, filled, add_eos=False)
-    return [row[:limit] for row in rows if len(row) >= OPENING_TOKENS[0]]
+        rows, most = tokenization.encode_texts(base.tokenizer, filled, add_eos=False), GENERAL_TOKENS
+    return [row[: min(most, base.max_context)] for row in rows if len(row) >= OPENING_TOKENS[0]]
 
 
 def _opening_gains(gains: Sequence[_Nats], min_rows: int) -> OpeningGains | None:
