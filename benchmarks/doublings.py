@@ -156,7 +156,11 @@ def cases(losses: Losses) -> Iterator[Case]:
     for (text, seed), (curve, trials) in product(sorted({run[:2] for run in losses}), CURVES.items()):
         base = losses.get((text, seed, BASE))
         known = [losses[text, seed, trial] for trial in trials if (text, seed, trial) in losses]
-        if base is None or known != [losses.get((text, seed, trial)) for trial in trials[: len(known)]]:
+        if (
+            base is None
+            or not known
+            or known != [losses.get((text, seed, trial)) for trial in trials[: len(known)]]
+        ):
             continue
         gains = [evaluation.paired_gain(base, loss).gain for loss in known]
         covariance = evaluation.gain_covariance(base, known)
