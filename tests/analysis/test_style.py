@@ -304,10 +304,10 @@ def shuffle_sentences(text, draw):
 )
 def test_style_of_real_adapters(monkeypatch, generator_of):
     """docs/measuring.md has the figures of such adapters."""
-    monkeypatch.setattr(style_openings, "OPENINGS", 28)
-    monkeypatch.setattr(style_openings, "NEW_TOKENS", 56)
+    monkeypatch.setattr(style_openings, "OPENINGS", 40)
+    monkeypatch.setattr(style_openings, "NEW_TOKENS", 72)
     shared = {"dtype": "bfloat16", "device": "cpu", "rank": 8, "batch_size": 1}
-    many_rows = {"max_rows": 1000, "max_steps": 60, "max_length": 128, "eval_rows": 40, "learning_rate": 2e-3}
+    many_rows = {"max_rows": 1000, "max_steps": 60, "max_length": 128, "eval_rows": 48, "learning_rate": 2e-3}
     few_rows = {"max_rows": 8, "epochs": 50, "max_length": 48, "long_rows": "truncate", "learning_rate": 4e-3}
     good = train(TrainConfig(**shared, **many_rows, name="good"))
     memorizing = train(TrainConfig(**shared, **few_rows, name="memorizing", eval_rows=2))
@@ -343,7 +343,9 @@ def test_style_of_real_adapters(monkeypatch, generator_of):
 
     own = [*cut[0], *cut[3]]
     alarms, half = 0, len(kept)
-    features = text_features([passage.text for passage in own]) | reading_features({"own": own}, base)
+    features = text_features([passage.text for passage in own]) | reading_features(
+        {"you": cut[0], "own": cut[3]}, base
+    )
     for _ in range(200):
         order = draw.sample(range(len(own)), 2 * half)
         halves = style.Comparison({name: values[order] for name, values in features.items()}, 2)
