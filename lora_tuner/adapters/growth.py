@@ -6,7 +6,7 @@ trials: with the error of the held-out rows, which is paired, and with the noise
 normal, so the slope of the next doubling is a regression (Kalman's; Rasmussen and Williams, 2006,
 chapter 2). No curve with an asymptote is fitted: three to five trials do not tell it.
 
-The constants are to cover measured doublings (benchmarks/doublings.py).
+The constants were chosen on made curves; benchmarks/doublings.py measures how often the intervals cover.
 """
 
 import contextlib

@@ -153,6 +153,7 @@ def test_adopt_copies_and_writes_manifest(theirs, model_folder, library):
         "made_by": None,
         "parents": [],
         "result": None,
+        "general": None,
         "probes": None,
         "routing": None,
         "weights": {

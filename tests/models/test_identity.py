@@ -233,7 +233,7 @@ def test_other_encoded_rows_stop_resume(settings, stop_at, monkeypatch):
     """Such as those of a chat template that writes the day."""
     with stop_at(1):
         train(settings(max_steps=2))
-    monkeypatch.setattr("lora_tuner.training.setup.encoded_hash", lambda rows: "0" * 64)
+    monkeypatch.setattr("lora_tuner.data.tokenization.encoded_hash", lambda rows: "0" * 64)
     with pytest.raises(
         TrainingError, match=r"changed since it stopped: rows as tokens \(was \w{12}, is 0{12}\)\."
     ):
