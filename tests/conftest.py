@@ -9,7 +9,7 @@ import gc
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -97,7 +97,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 
 def pytest_collection_finish() -> None:
-    """Keep all that is imported by now out of garbage collection: accelerate runs one at the end of each training run."""
+    freeze_objects()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None]:
+    yield
+    if nextitem is None or nextitem.path != item.path:
+        freeze_objects()
+
+
+def freeze_objects() -> None:
+    """Keep all that is in memory by now out of garbage collection: accelerate runs one at the end of each training run."""
     gc.collect()
     gc.freeze()
 

@@ -166,7 +166,7 @@ def test_samples_change_no_weight(settings, monkeypatch, checkpointing):
     assert sampled.manifest.result == plain.manifest.result
 
 
-@pytest.mark.parametrize("step", [3, 4])
+@pytest.mark.parametrize("step", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_resumed_run_has_all_samples(settings, stop_at, step):
     changes = {"max_steps": 6, "eval_every": 2, "sample_prompt": PROMPTS}
     whole = train(settings(name="whole", **changes))

@@ -56,6 +56,7 @@ def test_changed_threads_are_accepted_by_name(settings, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_sweep_accepts_changed_threads(settings):
     configs = [settings(rank=rank, threads=1, max_steps=4) for rank in (2, 4)]
     with pytest.raises(Interrupted):
