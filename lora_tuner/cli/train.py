@@ -276,6 +276,7 @@ def _show_samples(adapter: Adapter) -> None:
     if final_samples(adapter):
         print()
         show_columns(columns, "sample")
+        print()
 
 
 def _show_next_commands(adapter: Adapter) -> None:
