@@ -6,7 +6,7 @@ trials: with the error of the held-out rows, which is paired, and with the noise
 normal, so the slope of the next doubling is a regression (Kalman's; Rasmussen and Williams, 2006,
 chapter 2). No curve with an asymptote is fitted: three to five trials do not tell it.
 
-The constants were chosen on made curves; benchmarks/doublings.py measures how often the intervals cover.
+The constants fit 48 doublings of real runs; benchmarks/doublings.py measures how often the intervals cover.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ from .adapter import RUN_FILE, Adapter
 from .library import Library
 from .report import Doubling, GrowthFigures, Quantity
 
-KEPT = 0.7  # share of its slope that a gain keeps from one doubling to the next, on average
-CHANGE = 0.4  # standard deviation of the slope's change, as a share of its usual size
-RUN_NOISE = 0.015  # standard deviation of the gain by training alone, as a share of the largest gain
-INTERVAL = 1.5  # standard errors that cover 80%; more than 1.28, as the usual size of a slope is an estimate
+KEPT = 0.8  # share of its slope that a gain keeps from one doubling to the next, on average
+CHANGE = 0.15  # standard deviation of the slope's change, as a share of its usual size
+RUN_NOISE = 0.005  # standard deviation of the gain by training alone, as a share of the largest gain
+INTERVAL = 1.35  # standard errors that cover 80%; more than 1.28, as the usual size of a slope is an estimate
 FIRST = 3.0  # standard deviation of the first slope, as a share of its usual size: nearly free
 LEAST_SLOPE = 1e-4  # nats per doubling: an error of 0 would be a claim
 FEWEST_TRIALS = 3
