@@ -46,7 +46,7 @@ class Score:
     """Gain of an adapter on the prompt, in nats per token, and the one that it needs to be chosen.
 
     `expected` is the mean of its own rows with as many tokens, `general` that of general text; `data` names what it was
-    trained on.
+    trained on. One that was `left_out` fits the beginning of a long prompt less than the others, and has not read on.
     """
 
     adapter: str
@@ -56,6 +56,7 @@ class Score:
     general: float
     tokens: int
     data: str | None = None
+    left_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Choice:
     """The adapter for a prompt, or None for the base.
 
     `margin` is its gain minus the one that it needs; of the base what the nearest adapter lacks. `scores` are those of
-    all adapters, the highest gain first; none if the conversation has `kept` its adapter.
+    all adapters, the highest gain first and those left out last; none if the conversation has `kept` its adapter.
     """
 
     adapter: str | None
@@ -90,16 +91,18 @@ class Choice:
 def choose(scores: Sequence[Score]) -> Choice:
     """Choose of the adapters that gain what they need, and lead the others, the one with the highest gain."""
     rated = [replace(score, needed=round(max(score.needed, _lead(score, scores)), 4)) for score in scores]
-    ranked = tuple(sorted(rated, key=lambda score: (-score.gain, score.adapter)))
-    for score in ranked:
+    ranked = tuple(sorted(rated, key=lambda score: (score.left_out, -score.gain, score.adapter)))
+    compared = [score for score in ranked if not score.left_out]
+    for score in compared:
         if score.gain >= score.needed:
             return Choice(score.adapter, round(score.gain - score.needed, 4), ranked)
-    return Choice(None, round(min((score.needed - score.gain for score in ranked), default=0.0), 4), ranked)
+    return Choice(None, round(min((score.needed - score.gain for score in compared), default=0.0), 4), ranked)
 
 
 def _lead(score: Score, scores: Sequence[Score]) -> float:
-    """Return the gain that leads the base and the adapters of other data."""
-    others = [each for each in scores if each.adapter != score.adapter]
+    """Return the gain that leads the base and the adapters of other data. Those left out have read fewer tokens, and a
+    beginning gains more than the text after it."""
+    others = [each for each in scores if each.adapter != score.adapter and not each.left_out]
     rivals = [each.gain for each in others if each.data is None or each.data != score.data]
     return max([0.0, *rivals]) + LEAD_SHARE * max(score.expected, 0.0)
 
@@ -177,6 +180,7 @@ def score_prompt(engine: GenerationEngine, candidates: Sequence[Candidate]) -> l
         total = min(first + max(MAX_ROW_TOKENS - rows * first, 0) // kept, MAX_TOKENS)
         for each in passes:
             each.read(total)
+        scores = {name: replace(score, left_out=True) for name, score in scores.items()}
         scores |= _scores(passes, candidates)
     return [*scores.values()]
 

@@ -7,8 +7,8 @@ from lora_tuner.inference import routing
 from lora_tuner.inference.routing import Score
 
 
-def score(adapter, gain, data=None, needed=0.2):
-    return Score(adapter, gain, needed, expected=0.5, general=0.0, tokens=40, data=data)
+def score(adapter, gain, data=None, needed=0.2, left_out=False):
+    return Score(adapter, gain, needed, expected=0.5, general=0.0, tokens=40, data=data, left_out=left_out)
 
 
 def test_highest_gain_is_chosen():
@@ -33,6 +33,13 @@ def test_text_that_several_gain_on_goes_to_base():
 
 def test_adapter_of_same_data_is_no_rival():
     assert routing.choose([score("a", 0.6, data="poems"), score("b", 0.59, data="poems")]).adapter == "a"
+
+
+def test_adapter_left_out_is_no_rival():
+    choice = routing.choose([score("a", 0.4), score("b", 0.1), score("c", 0.6, left_out=True)])
+    assert (choice.adapter, choice.margin) == ("a", pytest.approx(0.2))
+    assert [each.adapter for each in choice.scores] == ["a", "b", "c"]
+    assert routing.choose([score("c", 0.6, left_out=True)]).adapter is None
 
 
 def gains(mean, deviation, tokens=(8, 32)):
