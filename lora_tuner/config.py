@@ -36,6 +36,8 @@ LoadIn = Literal["auto", "full", "8bit", "4bit"]
 CleanMode = Literal["full", "lines", "none"]
 LongRows = Literal["auto", "truncate", "chunk"]
 RowFormat = Literal["auto", "text", "messages", "sharegpt", "alpaca", "prompt-completion"]
+Objective = Literal["sft", "dpo", "orpo", "kto"]  # TRL's names
+DEFAULT_BETA = 0.1
 _PLAIN_FORMATS = {"text", "template"}  # formats in a manifest that are no conversations
 NearDuplicatesRule = Literal["drop", "keep"]
 MAX_RANK, MAX_ALPHA = 4096, 1_000_000
@@ -47,6 +49,7 @@ MIN_TEMPERATURE, MIN_REPETITION_PENALTY = 1e-5, 1e-9
 MAX_SETTING_CHARS = 10_000  # of one value
 MAX_SAMPLE_PROMPTS, MAX_SAMPLE_PROMPT_CHARS = 10, 1_000
 MAX_ADDED_TOKENS, MAX_ADDED_TOKEN_CHARS = 1_000, 100
+MAX_LABELS, MAX_LABEL_CHARS = 100, 200
 RSLORA_ALPHA = 6  # gives rank 8 about the same scale as the other methods
 LORA_PLUS_RATIO = 4.0  # learning rate of B / learning rate of A
 SECRET_FIELDS = ("api_key",)  # their values never appear in error messages
@@ -139,6 +142,9 @@ class _Settings(BaseModel):
 _NEEDED_SETTINGS = {  # setting -> the setting that it needs, and how the error names that
     "eval_split": ("eval_dataset", "eval_dataset"),
     "answer_column": ("template", "template, which says where in the text the answer stands"),
+    **dict.fromkeys(
+        ("labels", "label_names", "balance"), ("label_column", "label_column, the column of the labels")
+    ),
     "parent_sha256": ("parent", "an adapter to continue from: give --from"),
     "force": ("parent", "an adapter to continue from: give --from"),
     "patience": ("eval_every", "eval_every: it counts evaluations"),
@@ -191,6 +197,27 @@ class TrainConfig(_Settings):
         "Data",
         "all of the text",
     )
+    label_column: str | None = _setting(
+        None,
+        "Learn to say which label a text has: the column of the labels. The text is that of "
+        "--text-column; --template sets what is written around the two. `classify` uses the adapter.",
+        "Data",
+        "none",
+    )
+    labels: list[str] = _setting(
+        [],
+        "The labels that a text can have, separated by commas; may be repeated. Rows with another "
+        "label are left out and counted.",
+        "Data",
+        "those of the data",
+    )
+    label_names: list[str] = _setting(
+        [],
+        "Names of labels, as VALUE=NAME, separated by commas, such as 0=negative,1=positive; may be repeated.",
+        "Data",
+        "those of the data",
+    )
+    balance: bool = _setting(False, "Train on each label equally often, however many rows it has.", "Data")
     where: list[str] = _setting(
         [],
         "Keep only rows with this value, as COLUMN=VALUE. Repeat it for other values of the "
@@ -351,6 +378,22 @@ class TrainConfig(_Settings):
         "none",
     )
 
+    objective: Objective = _setting(
+        "sft",
+        "What is learned. sft: the text, or the answers. dpo, orpo: to prefer the answer in `chosen` to that in "
+        "`rejected`. kto: the same from `prompt`, `completion` and a `label` that is true or false, or from pairs.",
+        "Training",
+    )
+    beta: float | None = _setting(
+        None,
+        "Strength of a preference. dpo, kto: higher stays closer to the model before training; "
+        "orpo: weight of the preference beside the text loss.",
+        "Training",
+        f"{DEFAULT_BETA} with dpo, orpo and kto",
+        gt=0,
+        le=MAX_COUNT,
+        allow_inf_nan=False,
+    )
     epochs: float | None = _setting(
         None,
         "Stop after N passes over the training rows. Several values, separated by commas: one run each.",
@@ -529,6 +572,89 @@ class TrainConfig(_Settings):
                 raise _contradiction(f"template and {name} {chosen} contradict each other: give one of them")
         return value
 
+    @field_validator("label_column")
+    @classmethod
+    def _check_label_column(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("answer_column") is not None:
+            raise _contradiction("label_column and answer_column both name what is learned: give one of them")
+        if value is not None and info.data.get("format") not in ("auto", "text", None):
+            raise _contradiction(
+                f"label_column reads texts and format {info.data['format']} conversations: give one of the two"
+            )
+        if value is not None and value == info.data.get("text_column"):
+            raise _contradiction("label_column and text_column are the same column: name two")
+        return value
+
+    @field_validator("labels", "label_names", mode="before")
+    @classmethod
+    def _split_labels(cls, value: object) -> object:
+        entries = value if isinstance(value, list) else [value]
+        if not all(isinstance(entry, str) for entry in entries):
+            return value  # its type is refused
+        labels = [" ".join(label.split()) for entry in map(str, entries) for label in entry.split(",")]
+        if "" in labels:
+            raise ValueError("a label is empty: separate labels by single commas")
+        if len(labels) > MAX_LABELS:
+            raise ValueError(f"{len(labels):,} labels are too many: at most {MAX_LABELS} are taken")
+        if any(len(label) > MAX_LABEL_CHARS for label in labels):
+            raise ValueError(f"a label is too long: at most {MAX_LABEL_CHARS} characters are taken")
+        return labels
+
+    @field_validator("labels")
+    @classmethod
+    def _check_labels(cls, value: list[str]) -> list[str]:
+        if twice := [label for label in dict.fromkeys(value) if value.count(label) > 1]:
+            raise ValueError(f"{twice[0]} is given twice")
+        if len(value) == 1:
+            raise ValueError(f"{value[0]} is the only label: give two or more")
+        return value
+
+    @field_validator("label_names")
+    @classmethod
+    def _check_label_names(cls, value: list[str]) -> list[str]:
+        pairs = [entry.partition("=") for entry in value]
+        for entry, (number, _, name) in zip(value, pairs, strict=True):
+            if not number.strip() or not name.strip():
+                raise ValueError(f"'{entry}' is not of the form VALUE=NAME")
+        for column in (0, 2):
+            parts = [pair[column].strip() for pair in pairs]
+            if twice := [part for part in dict.fromkeys(parts) if parts.count(part) > 1]:
+                raise ValueError(f"{twice[0]} is given twice")
+        return value
+
+    @field_validator("balance")
+    @classmethod
+    def _check_balance(cls, value: bool, info: ValidationInfo) -> bool:
+        names = info.data.get("dataset")
+        if value and isinstance(names, list) and any(split_weight(name)[1] is not None for name in names):
+            raise _contradiction("balance and weights of datasets contradict each other: give one of them")
+        return value
+
+    @field_validator("objective")
+    @classmethod
+    def _check_objective(cls, value: Objective, info: ValidationInfo) -> Objective:
+        if value == "sft":
+            return value
+        for name in ("text_column", "template", "label_column"):
+            if info.data.get(name) is not None:
+                raise _contradiction(f"objective {value} learns from preferences: leave {name} out")
+        if (layout := info.data.get("format", "auto")) != "auto":
+            raise _contradiction(f"objective {value} learns from preferences: leave format {layout} out")
+        if info.data.get("long_rows") == "chunk":
+            raise _contradiction(f"objective {value} compares whole answers: long_rows chunk would divide them")
+        if info.data.get("streaming"):
+            raise _contradiction(
+                f"objective {value} is not possible with streaming: its rows are prepared before the first step"
+            )
+        return value
+
+    @field_validator("beta")
+    @classmethod
+    def _check_beta(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("objective") == "sft":
+            raise _contradiction("beta needs objective dpo, orpo or kto: sft has no preferences")
+        return value
+
     @field_validator("where")
     @classmethod
     def _check_conditions(cls, value: list[str]) -> list[str]:
@@ -616,6 +742,8 @@ class TrainConfig(_Settings):
     def _check_streaming(cls, value: bool, info: ValidationInfo) -> bool:
         if value and info.data.get("max_rows") is not None:
             raise _contradiction("streaming cannot sample max_rows from all rows: give one of the two")
+        if value and info.data.get("balance"):
+            raise _contradiction("streaming cannot count labels before it reads them: leave balance out")
         if value and info.data.get("txt_rows") == "file":
             raise _contradiction(
                 "streaming reads line by line, but txt_rows file needs whole files: give one of the two"
@@ -674,6 +802,17 @@ class TrainConfig(_Settings):
     def other_eval_dataset(self) -> str | None:
         """The evaluation dataset, if it is not rows held out of the training data."""
         return None if self.eval_dataset == HELD_OUT else self.eval_dataset
+
+    @property
+    def learns_preferences(self) -> bool:
+        """True if the rows are preferences (`data.preferences`), not texts."""
+        return self.objective != "sft"
+
+    @property
+    def label_name_of(self) -> dict[str, str]:
+        """Name of each value in `label_names`."""
+        pairs = [entry.partition("=") for entry in self.label_names]
+        return {value.strip(): name.strip() for value, _, name in pairs}
 
     @property
     def scaling_alpha(self) -> int:
