@@ -809,6 +809,11 @@ class TrainConfig(_Settings):
         return self.objective != "sft"
 
     @property
+    def sides_per_row(self) -> int:
+        """Answers in a training row: two of a pair, else one."""
+        return 2 if self.objective in ("dpo", "orpo") else 1
+
+    @property
     def label_name_of(self) -> dict[str, str]:
         """Name of each value in `label_names`."""
         pairs = [entry.partition("=") for entry in self.label_names]

@@ -129,6 +129,66 @@ def test_two_stop_rules_are_refused(given):
     assert refusal(given) == f"{expected} contradict each other: give one of them"
 
 
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"beta": 0.1}, "beta needs objective dpo, orpo or kto: sft has no preferences"),
+        ({"objective": "dpo", "streaming": True}, "objective dpo is not possible with streaming: its rows are"),
+        (
+            {"objective": "kto", "text_column": "x"},
+            "objective kto learns from preferences: leave text_column out",
+        ),
+        (
+            {"objective": "kto", "label_column": "x"},
+            "objective kto learns from preferences: leave label_column out",
+        ),
+        ({"objective": "dpo", "template": "{x}"}, "objective dpo learns from preferences: leave template out"),
+        (
+            {"objective": "dpo", "format": "messages"},
+            "objective dpo learns from preferences: leave format messages out",
+        ),
+        (
+            {"objective": "orpo", "long_rows": "chunk"},
+            "objective orpo compares whole answers: long_rows chunk would",
+        ),
+        ({"labels": "a,b"}, "labels needs label_column, the column of the labels"),
+        ({"label_names": "0=a"}, "label_names needs label_column, the column of the labels"),
+        ({"balance": True}, "balance needs label_column, the column of the labels"),
+        ({"label_column": "x", "labels": "a,,b"}, "labels: a label is empty: separate labels by single commas"),
+        ({"label_column": "x", "labels": "a,b,a"}, "labels: a is given twice"),
+        ({"label_column": "x", "labels": ["a"]}, "labels: a is the only label: give two or more"),
+        ({"label_column": "x", "label_names": "0=a,1"}, "label_names: '1' is not of the form VALUE=NAME"),
+        ({"label_column": "x", "label_names": "0=a,1=a"}, "label_names: a is given twice"),
+        ({"label_column": "x", "text_column": "x"}, "label_column and text_column are the same column: name two"),
+        (
+            {"label_column": "x", "format": "messages"},
+            "label_column reads texts and format messages conversations",
+        ),
+        (
+            {"label_column": "x", "template": "{x} {y}", "answer_column": "x"},
+            "label_column and answer_column both name what is learned: give one of them",
+        ),
+        (
+            {"label_column": "x", "balance": True, "streaming": True},
+            "streaming cannot count labels before it reads them: leave balance out",
+        ),
+        (
+            {"label_column": "x", "balance": True, "dataset": ["a=1", "b=2"]},
+            "balance and weights of datasets contradict each other: give one of them",
+        ),
+    ],
+)
+def test_objectives_and_labels_refuse_others(given, text):
+    assert refusal(given).startswith(text)
+
+
+def test_labels_are_separated_by_commas():
+    config = resolve_settings(
+        TrainConfig, {"label_column": "x", "labels": ["a, b", "c"], "label_names": "0=a,1 = b b"}
+    )
+    assert (config.labels, config.label_name_of) == (["a", "b", "c"], {"0": "a", "1": "b b"})
+
+
 def test_three_stop_rules_are_one_problem():
     assert (
         refusal(dict.fromkeys(STOP_RULES, 1))
@@ -159,7 +219,7 @@ def test_default_alpha_is_twice_rank():
 @pytest.mark.parametrize("name", sorted(TrainConfig.model_fields))
 def test_booleans_only_for_switches(name):
     if TrainConfig.model_fields[name].annotation is bool:
-        needs = {"parent": "imdb"} if name == "force" else {}
+        needs = {"force": {"parent": "imdb"}, "balance": {"label_column": "label"}}.get(name, {})
         assert getattr(resolve_settings(TrainConfig, {name: True} | needs), name) is True
     else:
         assert refusal({name: True}) == f"{name}: true and false are not valid here (got True)"

@@ -26,6 +26,7 @@ from ..config import HELD_OUT, HELD_OUT_MAX_TOKENS, TrainConfig
 from ..data import chat, tokenization
 from ..data.held_out import measured_rows
 from ..data.near_duplicates import NearDuplicates
+from ..data.preferences import learned_texts
 from ..data.rows import Source, iter_rows
 from ..data.splitting import is_held_out, row_hash, split_document
 from ..errors import DataError, EventHandler, Progress
@@ -159,8 +160,9 @@ def _read_parts(config: TrainConfig, adapter: str, notify: EventHandler) -> list
             assert source.at is not None
             file = source.at[0].source
             place = display_name(file) + source.place.removeprefix(file)
-            for part in measured_rows(row, config.split_salt):
-                parts.append(_Part(part.text, row.text, part.digest, part.side, number, place))
+            for text in learned_texts([row.text]):
+                for part in measured_rows(row._replace(text=text), config.split_salt):
+                    parts.append(_Part(part.text, text, part.digest, part.side, number, place))
     notify(Progress(stage, len(names), len(names)))
     return parts
 
@@ -202,7 +204,8 @@ def _has_seen_a_part(subject: ReportSubject) -> bool:
 
 def _is_truncated(text: str, config: TrainConfig) -> bool:
     """Return whether training cuts such a row at its maximum length, and drops the rest."""
-    return config.long_rows == "truncate" or (config.long_rows == "auto" and chat.is_chat(text))
+    is_cut = config.long_rows == "truncate" or config.learns_preferences
+    return is_cut or (config.long_rows == "auto" and chat.is_chat(text))
 
 
 def _single_chunks(

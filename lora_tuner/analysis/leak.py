@@ -16,6 +16,7 @@ from ..data.dataset import Dataset, eval_hashes, load_eval_dataset
 from ..data.eval_sets import EvalSet
 from ..data.held_out import measured_rows
 from ..data.near_duplicates import NearDuplicates
+from ..data.preferences import first_side
 from ..data.rows import Source, iter_rows
 from ..data.splitting import is_held_out
 from ..errors import DataError, EventHandler, LoraTunerError, Notice, Progress
@@ -119,7 +120,10 @@ def _compare(adapter: Adapter, rows: EvalSet, notify: EventHandler) -> tuple[Lea
 
 def _measured_rows(dataset: Dataset, measured: set[str], salt: str) -> dict[str, set[str]]:
     """Return for each row that training compares, such as a document, the measured rows in it."""
-    return {row.text: {part.text for part in measured_rows(row, salt)} & measured for row in dataset.compared}
+    return {
+        row.text: {first_side(part.text) for part in measured_rows(row, salt)} & measured
+        for row in dataset.compared
+    }
 
 
 def _stream_batches(adapter: Adapter, config: TrainConfig) -> Iterator[list[str]]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import atomic_io, evaluation
 from ..adapters.adapter import RUN_FILE, Adapter, load_adapter_folder
 from ..config import HELD_OUT_MAX_TOKENS, ModelOptions, SamplingParams, TrainConfig
-from ..data import eval_sets, packing, tokenization
+from ..data import eval_sets, packing, preferences, tokenization
 from ..data.dataset import Dataset, load_dataset
 from ..data.eval_sets import EvalSet
 from ..errors import DataError, EventHandler, LoraTunerError, Progress, ignore_events
@@ -105,13 +105,21 @@ def _seen_rows(
     stage = f"training rows of {adapter.name}"
     notify(Progress(stage, 0, 1))
     dataset = load_dataset_of_run(config, held_out.texts)
-    invalid: tokenization.InvalidRows = {}
-    measured = dataset.held_out[: config.eval_rows]
-    tokenization.encode_texts(tokenizer, measured, max_tokens=HELD_OUT_MAX_TOKENS, invalid=invalid)
+    measured = preferences.first_rows(dataset.held_out_rows, config.eval_rows)
+    sides = [side for row in measured for side in preferences.sides(row)]
+    errors: tokenization.InvalidRows = {}
+    tokenization.encode_texts(tokenizer, sides, max_tokens=HELD_OUT_MAX_TOKENS, invalid=errors)
+    invalid = preferences.invalid_rows(measured, errors)
     rows: list[tokenization.TokenIds] = []
     owners: list[str] = []
     source_rows: list[int] = []
     for source in dataset.sources:
+        if config.learns_preferences:
+            pieces, _, kept = preferences.encode_rows(tokenizer, source.train, config.max_length, invalid)
+            rows += pieces
+            owners += [source.train[row] for row in kept for _ in range(config.sides_per_row)]
+            source_rows.append(len(pieces))
+            continue
         pieces, use = tokenization.encode_rows(
             tokenizer, source.train, config.max_length, config.long_rows, invalid
         )
@@ -123,14 +131,18 @@ def _seen_rows(
     dataset.leave_out(invalid, 1.0, ignore_events)
     weights = dataset.weights
     sequences = packing.PackedSequences(
-        rows, config.max_length, packing=config.packing, source_rows=source_rows if weights else ()
+        rows,
+        config.max_length,
+        packing=config.packing,
+        source_rows=source_rows if weights else (),
+        unit=config.sides_per_row,
     )
     if dataset.hash() != data.hash or len(sequences) != run.sequences:
         raise DataError(f"{dataset.name} has changed since it was trained")
     per_step = (config.batch_size or 1) * config.gradient_accumulation * run.processes
     seen = sequences.rows_in_steps(run.kept_step, per_step, config.seed, weights)
     notify(Progress(stage, 1, 1))
-    return list(dict.fromkeys(owners[row] for row in seen))
+    return list(dict.fromkeys(preferences.learned_texts(owners[row] for row in seen)))
 
 
 def generate_cached(

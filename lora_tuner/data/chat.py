@@ -16,8 +16,8 @@ from .workbooks import NumberText, number_value
 
 CHAT_MARK = "\x02"
 Message = dict[str, str]  # keys role and content, as in TRL and OpenAI's API
-# Role and content, and maybe reasoning_content, tool_calls, weight, ...
-FullMessage = dict[str, Any]
+Fields = dict[str, Any]
+FullMessage = Fields  # role and content, and maybe reasoning_content, tool_calls, weight, ...
 Clean = Callable[[str], str]
 _ROLES = {
     "system": ("system", "developer"),
@@ -39,7 +39,9 @@ PARTS = (*_SYSTEM_COLUMNS, *_TOOL_COLUMNS, *REASONING_FIELDS)
 _CONTENTS = ("content", "value", "text")  # fields of a message that may hold its text
 _TEXT_PARTS = ("text", "input_text", "output_text")  # types of parts of a content
 _OTHER_PARTS = ("image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file")
-_CLEANED = ("content", "prompt", "completion", "system", "reasoning_content")
+_CLEANED = ("content", "prompt", "completion", "chosen", "rejected", "system", "reasoning_content")
+# Fields of a prompt with its answers, be they those of `preferences`.
+_DECISIVE = ("prompt", "completion", "chosen", "rejected", "label")
 # 0 or false: an answer that is not learned.
 _LEARN = ("weight", "train", "training", "trainable", "loss")
 _MESSAGE = (*_CONTENTS, "tool_calls", "function_call")
@@ -65,18 +67,29 @@ def encode_messages(value: object, clean: Clean, parts: Mapping[str, object] | N
     """
     if value is None or value == []:
         return ""
-    if not isinstance(value, list):
-        raise InvalidRowError("messages that are no list")
-    messages = [_read_message(f"message {number}", message, clean) for number, message in enumerate(value, 1)]
+    messages = read_messages(value, clean)
     if not any(map(is_learned, messages)):
         raise InvalidRowError("no answer")
-    read_parts = _read_parts(parts, clean)
-    if "reasoning_content" in read_parts:
+    beside = read_parts_beside(messages, parts, clean)
+    return to_row({"messages": messages, **beside} if beside else messages)
+
+
+def read_messages(value: object, clean: Clean) -> list[FullMessage]:
+    """Return a list of messages with the usual names of roles and fields. Raises InvalidRowError."""
+    if not isinstance(value, list):
+        raise InvalidRowError("messages that are no list")
+    return [_read_message(f"message {number}", message, clean) for number, message in enumerate(value, 1)]
+
+
+def read_parts_beside(messages: list[FullMessage], parts: Mapping[str, object] | None, clean: Clean) -> Fields:
+    """Read what belongs to a conversation beside its messages. Raises InvalidRowError."""
+    read = read_parts(parts, clean)
+    if "reasoning_content" in read:
         raise InvalidRowError("reasoning beside a list of messages")
     first = messages[0]
-    if first["role"] == "system" and read_parts.pop("system", first["content"]) != first["content"]:
+    if first["role"] == "system" and read.pop("system", first["content"]) != first["content"]:
         raise InvalidRowError("a system text beside another system message")
-    return _to_row({"messages": messages, **read_parts} if read_parts else messages)
+    return read
 
 
 def encode_pair(
@@ -108,7 +121,7 @@ def encode_pair(
     for name, text in zip(names, pair.values(), strict=True):
         if not text:
             raise InvalidRowError(f"no {name}")
-    return _to_row(pair | _read_parts(parts, clean))
+    return to_row(pair | read_parts(parts, clean))
 
 
 def are_messages(values: list[object]) -> bool:
@@ -123,7 +136,7 @@ def are_messages(values: list[object]) -> bool:
 
 def encode_answer(text: str, span: tuple[int, int]) -> str:
     """Return a plain text as a row of which only the characters of a span are learned, and the end."""
-    return _to_row({"text": text, "answer": span})
+    return to_row({"text": text, "answer": span})
 
 
 def read_answer(row: str) -> tuple[str, tuple[int, int]] | None:
@@ -152,25 +165,26 @@ def strip_texts(row: str) -> str:
             }
         return [strip(item) for item in value] if isinstance(value, list) else value
 
-    return _to_row(strip(json.loads(row.removeprefix(CHAT_MARK))))
+    return to_row(strip(json.loads(row.removeprefix(CHAT_MARK))))
 
 
 def decisive_text(row: str) -> str:
     """Return the text of a row that decides its side of the split: roles and contents."""
     value = decode_row(row)
     if "messages" not in value:
-        return _to_row({name: value[name] for name in ("prompt", "completion")})
+        return to_row({name: value[name] for name in value if name in _DECISIVE})
     messages = value["messages"]
-    return _to_row([{"role": message["role"], "content": message["content"]} for message in messages])
+    return to_row([{"role": message["role"], "content": message["content"]} for message in messages])
 
 
-def decode_row(row: str) -> dict[str, Any]:
+def decode_row(row: str) -> Fields:
     """Return the fields of a row: `messages`, or `prompt` and `completion`, and what belongs to them."""
     value = json.loads(row.removeprefix(CHAT_MARK))
     return {"messages": value} if isinstance(value, list) else value
 
 
-def _to_row(value: object) -> str:
+def to_row(value: object) -> str:
+    """Return the row of the fields that `decode_row` returns, or of a list of messages."""
     return CHAT_MARK + json.dumps(value, ensure_ascii=False)
 
 
@@ -179,8 +193,8 @@ def is_learned(message: FullMessage) -> bool:
     return message["role"] == "assistant" and bool(has_text) and message.get("weight", 1) != 0
 
 
-def _read_parts(parts: Mapping[str, object] | None, clean: Clean) -> dict[str, Any]:
-    """Read what belongs to a conversation beside its messages, without what is empty."""
+def read_parts(parts: Mapping[str, object] | None, clean: Clean) -> Fields:
+    """Read what belongs to a prompt and its answer, without what is empty. Raises InvalidRowError."""
     read = {name: value for name, value in json_value(dict(parts or {})).items() if value}
     reasoning = _read_reasoning("the row", read, clean)
     tools = _read_tools([read.pop(name) for name in _TOOL_COLUMNS if name in read])
@@ -218,7 +232,7 @@ def _decode(name: str, value: Any) -> Any:
 def _read_message(place: str, value: object, clean: Clean) -> FullMessage:
     if not isinstance(value, dict):
         raise InvalidRowError("a message that is no object", place)
-    fields: dict[str, Any] = json_value(value)
+    fields: Fields = json_value(value)
     spelling = str(fields.pop("role", None) or fields.pop("from", None))
     is_call = spelling.strip().lower() in _CALL_ROLES
     role = "assistant" if is_call else _ROLE_NAMES.get(spelling.strip().lower())
@@ -252,7 +266,7 @@ def _read_message(place: str, value: object, clean: Clean) -> FullMessage:
     return message
 
 
-def _read_calls(place: str, fields: dict[str, Any]) -> None:
+def _read_calls(place: str, fields: Fields) -> None:
     """Set `tool_calls` in the fields of a message to the list of its calls of tools, also from JSON
     in a string, and from `function_call`, OpenAI's older name of one."""
     calls = _decode("tool_calls", fields.get("tool_calls") or [])
@@ -309,7 +323,7 @@ def _decode_parts(content: str) -> object:
     return parts if are_parts else content
 
 
-def _read_reasoning(place: str, fields: dict[str, Any], clean: Clean) -> str:
+def _read_reasoning(place: str, fields: Fields, clean: Clean) -> str:
     """Take the reasoning out of the fields of a message, whatever its name."""
     texts = [fields.pop(name) for name in REASONING_FIELDS if name in fields]
     if not all(isinstance(text, str) for text in texts):

@@ -18,6 +18,7 @@ from ..text import format_count, format_rows, format_share
 from .held_out import choose_held_out, hold_out_blocks, order_held_out
 from .mixing import mix_lists
 from .near_duplicates import find_copies
+from .preferences import first_side, learned_texts
 from .rows import RowCounts, Source, TextRow, iter_rows
 from .sources import default_eval_split, describe_splits, eval_source, resolve_eval_dataset
 from .splitting import content_hash, is_held_out
@@ -31,14 +32,14 @@ _UniqueRows = dict[bytes, TextRow]  # by the hash of their text
 
 @dataclass
 class Dataset:
-    """Cleaned rows without duplicates: those to train on in each source, in its order, and `held_out`.
+    """Cleaned rows without duplicates: those to train on in each source, in its order, and `held_out_rows`.
 
-    `held_out` is in the order of the hashes; of several sources with weights, mixed by these, so
+    `held_out_rows` is in the order of the hashes; of several sources with weights, mixed by these, so
     that its first rows have the shares of the training rows.
     `splits` names the split files of a local folder, such as `train, measured: validation`, and is
     empty where there are none. `eval_dataset`, `eval_split` and `group_by` are as in `TrainConfig`,
     with their defaults. `held_out_sources` and `held_out_groups` have the source and
-    the group of each held-out row, where there are several sources or groups. `compared` has
+    the group of each text in `held_out`, where there are several sources or groups. `compared` has
     documents as a whole; of a stream, the rows that are measured.
     """
 
@@ -47,7 +48,7 @@ class Dataset:
     eval_dataset: str | None = None
     eval_split: str | None = None
     group_by: str | None = None
-    held_out: list[str] = field(default_factory=list)
+    held_out_rows: list[str] = field(default_factory=list)
     eval_hashes: frozenset[bytes] = frozenset()  # of rows and groups of `eval_dataset`
     compared: list[TextRow] = field(default_factory=list)  # with training rows, to find near copies
     near_copies: list[tuple[str, str]] = field(
@@ -59,6 +60,11 @@ class Dataset:
     @property
     def train(self) -> list[str]:
         return [text for source in self.sources for text in source.train]
+
+    @property
+    def held_out(self) -> list[str]:
+        """Held-out rows whose loss is measured; of preferences the chosen or desired sides."""
+        return learned_texts(self.held_out_rows)
 
     @property
     def previews(self) -> list[tuple[str, str]]:
@@ -108,7 +114,7 @@ class Dataset:
         return " + ".join(dict.fromkeys(str(getattr(source, attribute)) for source in self.sources))
 
     def hash(self) -> str:
-        return content_hash(self.train + self.held_out)
+        return content_hash(self.train + self.held_out_rows)
 
     def set_held_out(self, rows: list[list[TextRow]], config: TrainConfig, notify: EventHandler) -> list[TextRow]:
         """Set the held-out rows, with their sources and groups, and return them in their order.
@@ -117,11 +123,14 @@ class Dataset:
             rows: Of each source, or those of the evaluation dataset alone.
         """
         ordered = order_held_out(rows, self.weights, config.split_salt, notify)
-        self.held_out = [row.text for row in ordered]
+        self.held_out_rows = [row.text for row in ordered]
+        texts = {row.text: first_side(row.text) for row in ordered}
         if len(rows) > 1:
-            self.held_out_sources = {row.text: row.source for row in ordered}
-        if config.group_by is not None or len(ordered) > sum(map(len, rows)):
-            self.held_out_groups = {row.text: row.side for row in ordered}
+            self.held_out_sources = {texts[row.text]: row.source for row in ordered}
+        prompts = [row.side for row in ordered if config.learns_preferences and learned_texts([row.text])]
+        has_parts = len(ordered) > sum(map(len, rows)) or len({*prompts}) < len(prompts)
+        if config.group_by is not None or has_parts:
+            self.held_out_groups = {texts[row.text]: row.side for row in ordered}
         return ordered
 
     def leave_out_copies(self, config: TrainConfig, notify: EventHandler) -> None:
@@ -143,9 +152,9 @@ class Dataset:
         Raises:
             DataError: More than the fraction `max_invalid` of the rows of a source is invalid now.
         """
-        eval_rows = len(self.held_out)
-        own_held_out = set(self.held_out) if self.eval_dataset in (None, HELD_OUT) else set[str]()
-        self.held_out = [text for text in self.held_out if text not in errors]
+        eval_rows = len(self.held_out_rows)
+        own_held_out = set(self.held_out_rows) if self.eval_dataset in (None, HELD_OUT) else set[str]()
+        self.held_out_rows = [text for text in self.held_out_rows if text not in errors]
         foreign = dict(errors)  # those of --eval-dataset
         for source in self.sources:
             in_train = set(source.train)
@@ -243,10 +252,13 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
             f"{idle[0].description} has no row to train on ({idle[0].counts}): add rows, or leave "
             "this dataset out."
         )
-    if not dataset.train or not dataset.held_out:
+    if not dataset.train or not dataset.held_out_rows:
         copies = f", {counts.in_eval_dataset} in --eval-dataset" if counts.in_eval_dataset else ""
         groups = f" in {format_count(len(sides), 'group')}" if config.group_by else ""
         advice = "" if eval_rows else ", or give rows to measure on with --eval-dataset"
+        if counts.unpaired:
+            copies += f", {counts.unpaired} with one answer alone"
+            advice += ", or learn from these too with --objective kto"
         if counts.near_duplicates:
             copies += f", {format_count(counts.near_duplicates, 'near duplicate')} of held-out rows"
             advice += ", or keep near copies with --near-duplicates keep"
@@ -283,7 +295,8 @@ def describe_data(dataset: Dataset, requested: TrainConfig, use: TextUse | None 
         if use.answer_share is not None:
             shares = f"{format_share(use.share)} of the tokens and {format_share(use.answer_share)} of the answers are used"
         if use.truncated_rows:
-            shares += f", as --max-length truncates {format_rows(use.truncated_rows)}"
+            unit = "answer" if requested.learns_preferences else "row"
+            shares += f", as --max-length truncates {format_count(use.truncated_rows, unit)}"
         parts.append(shares)
     if dataset.splits:
         parts.append(f"splits: {dataset.splits}")

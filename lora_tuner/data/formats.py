@@ -11,9 +11,11 @@ from ..text import format_names
 from . import chat
 from .columns import are_codes, describe_for_text, fold_name, is_nested, is_same_name, strings
 from .folders import has_columns
+from .preferences import LABEL_COLUMNS, PAIR_COLUMNS
 from .readers import PEEKED_ROWS, Row, Table
 from .row_readers import (
     INPUTS,
+    PREFERENCES,
     ROW_WEIGHTS,
     TEXT_COLUMNS,
     UNREADABLE,
@@ -39,8 +41,8 @@ _NEEDS = {  # layout of conversations -> the columns that it needs, for an error
     "Alpaca": "instruction, and output or response",
     "prompt and completion": f"one of {', '.join(_PROMPTS)}, and one of {', '.join(_ANSWERS)}",
 }
-# A better and a worse answer.
-_PREFERENCES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
+_NEEDS_PAIRS = "chosen and rejected, or OpenAI's preferred_output and non_preferred_output"
+_NEEDS_LABELS = f"prompt, completion and {' or '.join(LABEL_COLUMNS)}"
 _SETTINGS = ("parallel_tool_calls", "tool_choice", "function_call")  # of generation, beside messages
 
 
@@ -59,6 +61,8 @@ def detect_layout(table: Table, config: TrainConfig, any_columns: bool) -> Layou
     Raises:
         DataError: The columns do not tell what is to be learned, or are not those of the format.
     """
+    if config.learns_preferences:
+        return _find_preferences(table, config)
     if config.template is not None:
         try:
             template = parse_template(table, config.template, config.answer_column)
@@ -119,9 +123,11 @@ def common_format(source: str, tables: Sequence[Table], layouts: Sequence[Layout
 def describe_choice(layouts: Sequence[Layout]) -> str:
     """Describe what is read of rows that have more than a text, and what is not; else ""."""
     unread = format_names(list(dict.fromkeys(name for layout in layouts for name in layout.unread)))
+    names = ", ".join(dict.fromkeys(map(str, layouts)))
+    rest = f" Not read: {unread}." if unread else ""
+    if layouts[0].format == PREFERENCES:
+        return f"Reading {names}: the answers to a prompt are compared, and the prompt is not learned.{rest}"
     if is_conversation(layouts[0].format):
-        names = ", ".join(dict.fromkeys(map(str, layouts)))
-        rest = f" Not read: {unread}." if unread else ""
         return (
             f"Reading conversations ({names}): only the answers are trained on.{rest} "
             "Use --text-column to train on plain text."
@@ -218,7 +224,7 @@ def _format_of(rows: list[Row], column: str) -> str:
 
 def _with_unread(table: Table, layout: Layout, rows: list[Row]) -> Layout:
     """Return a layout with the columns of text that it does not read, but for codes and metadata."""
-    beside = {layout.column, layout.answer, *chat.PARTS, *ROW_WEIGHTS, *UNREADABLE}
+    beside = {layout.column, layout.answer, layout.rejected, layout.label, *chat.PARTS, *ROW_WEIGHTS, *UNREADABLE}
     texts = {*table.text_columns, *_nested_columns(table, rows)} - beside
     unread = [
         name
@@ -229,12 +235,41 @@ def _with_unread(table: Table, layout: Layout, rows: list[Row]) -> Layout:
     return replace(layout, unread=tuple(unread))
 
 
+def _find_preferences(table: Table, config: TrainConfig) -> Layout:
+    """Return the columns of preferences. Raises DataError if the objective needs others."""
+    objective = f"--objective {config.objective}"
+    needs = f"{_NEEDS_PAIRS}; or {_NEEDS_LABELS}" if config.objective == "kto" else _NEEDS_PAIRS
+    if table.is_plain_text:
+        raise DataError(f"{table.source} is plain text: {objective} needs the columns {needs}.")
+    rows = list(itertools.islice(table.rows, PEEKED_ROWS))
+    if pair := _preferences(table):
+        names = {fold_name(column): column for column in reversed(table.columns)}
+        prompt = next((names[name] for name in (*_PROMPTS, *_LISTS) if name in names), "")
+        layout = Layout(PREFERENCES, prompt, pair[0], rejected=pair[1])
+        unread = _with_unread(table, layout, rows).unread
+        beside = tuple(f"{name}_" for name in pair)  # such as chosen_by, the model that gave the answer
+        of_page = {"base"} if "chosen_by" in table.columns else set[str]()
+        return replace(
+            layout, unread=tuple(name for name in unread if not name.startswith(beside) and name not in of_page)
+        )
+    answer = _find_columns(table, FORMATS["prompt-completion"], rows) or _find_columns(table, "messages", rows)
+    labels = [name for name in LABEL_COLUMNS if name in table.columns]
+    has_values = [name for name in labels if any(row.get(name) not in (None, "") for row in rows)]
+    label = next(iter([*has_values, *labels]), "")
+    if answer is None or not label or config.objective != "kto":
+        advice = f" {label} says which answers are desired: --objective kto learns from that." if label else ""
+        columns = format_names(table.columns)
+        raise DataError(f"{table.source}: {objective} needs {needs}: its columns are {columns}.{advice}")
+    columns_of = (answer.column, answer.answer) if answer.answer else ("", answer.column)
+    return _with_unread(table, Layout(PREFERENCES, *columns_of, label=label), rows)
+
+
 def _refuse_preferences(table: Table) -> None:
     """Raise DataError if the columns are pairs of a better and a worse answer."""
     if names := _preferences(table):
         raise DataError(
-            f"{table.source}: {' and '.join(names)} are preference data (DPO and the like), of "
-            f"which nothing is trained on by itself: to learn the answers in {names[0]}, write "
+            f"{table.source}: {' and '.join(names)} are preference data: give --objective dpo (or orpo, kto) "
+            f"to learn to prefer {names[0]}. To learn the answers in {names[0]} alone, write "
             "them as messages, or as prompt and completion; to learn it as text, give "
             f"--text-column {names[0]}. Its columns are {format_names(table.columns)}."
         )
@@ -242,20 +277,20 @@ def _refuse_preferences(table: Table) -> None:
 
 def _preferences(table: Table) -> tuple[str, ...]:
     """Return the columns of a better and a worse answer, if there are any."""
-    return next((names for names in _PREFERENCES if set(names) <= set(table.columns)), ())
+    return next((names for names in PAIR_COLUMNS if set(names) <= set(table.columns)), ())
 
 
 def _refuse_labels(table: Table, config: TrainConfig, rows: list[Row]) -> None:
     """Raise DataError if a column says which answers are unwanted (KTO), and no filter names it."""
     filtered = [condition.partition("=")[0] for condition in config.where]
-    for name in ("label", "kto_tag"):
+    for name in LABEL_COLUMNS:
         values = {str(row[name]) for row in rows if row.get(name) is not None}
         is_boolean = values and values <= {"True", "False", "true", "false"}
         if is_boolean and not any(is_same_name(name, other) for other in filtered):
             wanted = next((value for value in ("True", "true") if value in values), "True")
             raise DataError(
-                f"{table.source}: '{name}' says which answers are wanted, as in preference data "
-                f"(KTO): keep those with --where {name}={wanted}."
+                f"{table.source}: '{name}' says which answers are wanted: --objective kto learns from "
+                f"all of them, and --where {name}={wanted} keeps these."
             )
 
 

@@ -29,7 +29,7 @@ def choose_held_out(
     If the hash leaves one side without a row, the nearest one changes sides. A stream does not do
     that: its other rows are unknown.
     """
-    unit = "row" if config.group_by is None else "group"
+    unit = "group" if config.group_by is not None else "prompt" if config.learns_preferences else "row"
     held_out = {side for side in sides if is_held_out(side)}
     usable = sorted(set(sides).difference(eval_hashes))
     if config.streaming or len(usable) < (1 if eval_hashes else 2):

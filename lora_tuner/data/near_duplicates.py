@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from ..config import TrainConfig
 from ..errors import EventHandler, Notice, Progress
 from . import chat
+from .preferences import first_side
 
 _WORDS, _CHARS = 3, 5  # in a sequence
 _MIN_SHARED = 3  # sequences
@@ -366,5 +367,7 @@ def _split_rows(texts: Sequence[str]) -> _Rows:
 
 
 def _compared_text(text: str) -> str:
-    """Return a row without case; of a conversation the texts of user and assistant."""
+    """Return a row without case; of a conversation the texts of user and assistant, of a preference
+    those of its first side."""
+    text = first_side(text)
     return (chat.spoken_text(text) if chat.is_chat(text) else text).casefold()

@@ -10,7 +10,7 @@ from functools import partial
 
 from ..config import CleanMode, TrainConfig
 from ..errors import DataError, InvalidRowError
-from . import chat
+from . import chat, preferences
 from .cleaning import clean_message, clean_text
 from .readers import Row, Table
 from .row_template import RowTemplate
@@ -22,6 +22,7 @@ UNREADABLE = (
     *("image", "images", "video", "videos", "audio", "audios"),
     *("context", "documents", "chat_template_kwargs", "input", "history"),
 )
+PREFERENCES = "preferences"  # a format, as it is recorded and shown
 # Numpy has no commas in arrays, and writes one within an object as `array([...], dtype=object)`.
 _OF_ARRAY = re.compile(
     r"""(?P<text>'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+")"""
@@ -34,9 +35,12 @@ class Layout:
     """Layout of a table.
 
     Attributes:
-        format: "text", "template", or one of conversations: a value of `formats.FORMATS`.
-        column: Column of the text, of the list of messages, or of the prompt; empty for a txt file.
-        answer: Column of the answer beside the prompt.
+        format: "text", "template", `PREFERENCES`, or one of conversations: a value of `formats.FORMATS`.
+        column: Column of the text, of the list of messages, or of the prompt; empty for a txt file,
+            and if the answers of preferences begin with it.
+        answer: Column of the answer beside the prompt; of preferences the better one.
+        rejected: Column of the worse answer.
+        label: Column that says whether the answer is desired.
         unread: Columns with text that may belong to a conversation and are not read.
         other: Value of the setting `format` that reads the columns in `unread`, if one does.
         template: The template that makes the text, for the format "template".
@@ -45,6 +49,8 @@ class Layout:
     format: str
     column: str = ""
     answer: str = ""
+    rejected: str = ""
+    label: str = ""
     unread: tuple[str, ...] = ()
     other: str = ""
     template: RowTemplate | None = None
@@ -55,6 +61,9 @@ class Layout:
             return f"template of {', '.join(map(repr, self.template.columns))}{answer}"
         if self.format == "text":
             return f"column '{self.column}'" if self.column else "plain text"
+        if self.format == PREFERENCES:
+            names = filter(None, (self.column, self.answer, self.rejected, self.label))
+            return f"{self.format} in {', '.join(map(repr, names))}"
         usual = ("messages", "conversations", "promptcompletion", "instructionoutput")
         if self.column + self.answer in usual:
             return self.format
@@ -68,6 +77,8 @@ def text_reader(
     """Return a function from a row to its text before and after cleaning; "" if it has none."""
     if layout.template is not None:
         return partial(_fill_template, table, layout.template, mode)
+    if layout.format == PREFERENCES:
+        return partial(_read_preference, layout, partial(clean_message, mode=mode))
     if layout.format != "text":
         return partial(_read_conversation, layout, partial(clean_message, mode=mode))
     column = layout.column or "text"
@@ -125,13 +136,62 @@ def _read_text(row: Row, column: str) -> str:
     return str(value)
 
 
-def _read_conversation(layout: Layout, clean: chat.Clean, row: Row) -> tuple[str, str]:
+def _read_preference(layout: Layout, clean: chat.Clean, row: Row) -> tuple[str, str]:
+    parts = _read_parts(layout, row)
+    prompt = _read_prompt(layout, row)
+    if isinstance(prompt, dict):
+        parts |= {name: prompt[name] for name in chat.PARTS if prompt.get(name)}
+        if not isinstance(prompt.get("messages"), list):
+            raise InvalidRowError(f"{layout.column} without a list of messages")
+        prompt = prompt["messages"]
+    columns = filter(None, (layout.answer, layout.rejected))
+    answers = {name: _one_message(_read_side(row, name)) for name in columns}
+    raw = " ".join(str(value) for value in (prompt, *answers.values(), *parts.values()) if value is not None)
+    if layout.label:
+        return raw, preferences.encode_labelled(prompt, answers, row.get(layout.label), clean, parts)
+    return raw, preferences.encode_pair(prompt, answers, clean, parts)
+
+
+def _read_prompt(layout: Layout, row: Row) -> object:
+    """Return the prompt of a preference: a text, with Alpaca's input below it, a list of messages or an
+    object of OpenAI; None without a column of it."""
+    if not layout.column:
+        return None
+    prompt = _one_message(_read_side(row, layout.column))
+    if layout.answer == "preferred_output":  # OpenAI's input is an object, in a csv file as text
+        prompt = _decode_json(prompt)
+    inputs = [name for name in _joined_inputs(layout) if row.get(name) not in (None, "")]
+    if inputs and isinstance(prompt, str):
+        return "\n".join([prompt, *(_read_text(row, name) for name in inputs)])
+    return "" if prompt is None else prompt
+
+
+def _joined_inputs(layout: Layout) -> tuple[str, ...]:
+    """Return the columns that are a part of the prompt below an instruction."""
+    return INPUTS if layout.format == PREFERENCES and layout.column == "instruction" else ()
+
+
+def _one_message(value: object) -> object:
+    """Return a message alone as a list; other values as they are."""
+    return [value] if isinstance(value, dict) and chat.are_messages([value]) else value
+
+
+def _read_parts(layout: Layout, row: Row) -> dict[str, object]:
+    """Return what belongs to a conversation beside it.
+
+    Raises:
+        InvalidRowError: A column has a part of it that cannot be read, or a weight.
+    """
     for name in unreadable_columns(layout):
         if _decode_json(row.get(name)):
             raise InvalidRowError(f"{name} beside the conversation")
     for name in ROW_WEIGHTS:
         _check_weight(name, row.get(name))
-    parts = {name: row[name] for name in chat.PARTS if row.get(name)}
+    return {name: row[name] for name in chat.PARTS if row.get(name)}
+
+
+def _read_conversation(layout: Layout, clean: chat.Clean, row: Row) -> tuple[str, str]:
+    parts = _read_parts(layout, row)
     values = [row.get(column) for column in (layout.column, layout.answer) if column]
     raw = " ".join(map(str, [*values, *parts.values()]))
     if layout.format == "Alpaca":
@@ -144,7 +204,7 @@ def _read_conversation(layout: Layout, clean: chat.Clean, row: Row) -> tuple[str
 
 def unreadable_columns(layout: Layout) -> list[str]:
     """Return the columns that may hold a part of a conversation that is not read."""
-    read = {layout.column, *((*INPUTS, "history") if layout.format == "Alpaca" else ())}
+    read = {layout.column, *((*INPUTS, "history") if layout.format == "Alpaca" else _joined_inputs(layout))}
     return [name for name in UNREADABLE if name not in read]
 
 

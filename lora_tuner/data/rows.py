@@ -14,14 +14,14 @@ import datasets
 
 from ..config import CleanMode, TrainConfig, is_conversation
 from ..errors import DataError, EventHandler, InvalidRowError, Notice, ignore_events
-from ..text import format_counts, format_names
-from . import chat, chat_template
+from ..text import format_counts, format_names, format_rows
+from . import chat, chat_template, preferences
 from .cleaning import are_structured, clean_text, has_line_breaks
 from .columns import match_column
 from .documents import UnreadableRow
 from .formats import common_format, describe_choice, detect_layout, have_columns
 from .readers import Row, Table, parse_conditions
-from .row_readers import Layout, text_reader
+from .row_readers import PREFERENCES, Layout, text_reader
 from .sources import open_source
 from .splitting import group_hash, row_hash
 
@@ -36,7 +36,7 @@ _VALUES_LIMIT = 100_000  # rows that are searched for the values of a column
 class TextRow(NamedTuple):
     """A usable row: the hash of its text, the text, and that before cleaning, which may be dropped.
 
-    `side` is the hash that decides its side of the split: that of its text, or of its group.
+    `side` is the hash that decides its side of the split: that of its text, its group or, of a preference, its prompt.
     `source` is the number of its dataset among those of the run. A document is read as one row.
     """
 
@@ -56,6 +56,7 @@ class RowCounts:
     filtered: int = 0  # by `where`
     empty: int = 0
     invalid: int = 0  # cannot be read
+    unpaired: int = 0  # one answer alone, where pairs are learned from
     duplicates: int = 0
     not_drawn: int = 0  # by `max_rows`
     in_eval_dataset: int = 0  # copies of rows in `eval_dataset`
@@ -188,21 +189,36 @@ def iter_rows(
                 if config.streaming and counts.read >= MIN_ROWS_TO_STOP:
                     source.report_invalid(config.max_invalid)
                 continue
-            if chat.is_chat(text):
-                source.places[text] = table.place(number, row)
-            if text:
+            if not text:
+                counts.empty += 1
+                continue
+            if config.sides_per_row == 2 and not preferences.is_pair(text):
+                counts.unpaired += 1
+                continue
+            group = group_of(row) if group_of else ""
+            source.ungrouped += group_of is not None and not group
+            texts = preferences.unpair(text) if config.objective == "kto" else [text]
+            counts.read += len(texts) - 1  # the second answer of a pair is a row of its own
+            for text in texts:
+                if chat.is_chat(text):
+                    source.places[text] = table.place(number, row)
                 canonical = text
                 if is_verbatim:
                     with contextlib.suppress(InvalidRowError):
                         canonical = read_canonical(row)[1] or text
                 side = digest = row_hash(canonical, config.split_salt)
-                if group_of and (group := group_of(row)):
+                if group:
                     side = group_hash(group, config.split_salt)
-                elif group_of:
-                    source.ungrouped += 1
+                elif preferences.is_preference(text):
+                    side = preferences.side_hash(text, config.split_salt)
                 yield TextRow(digest, text, raw, side, source.number, table.is_document)
-            else:
-                counts.empty += 1
+    if counts.unpaired:
+        notify(
+            Notice(
+                f"Left out {format_rows(counts.unpaired)} of {source.description} with one answer alone: "
+                f"--objective {config.objective} learns from two; kto learns from these too."
+            )
+        )
     if config.where and counts.filtered == counts.read:
         raise DataError(
             f"{source.description}: no row has {_format_conditions(config.where)}; "
@@ -251,7 +267,7 @@ def _choose_clean(
 ) -> CleanMode:
     """Return the cleaning that suits the layout and the first rows; documents are kept as they are."""
     if is_conversation(source.format):
-        return "none" if source.format == "prompt and completion" else "lines"
+        return "none" if source.format in ("prompt and completion", PREFERENCES) else "lines"
     if all(table.is_code or table.is_document for table in tables):
         return "none"
     count = max(1, _SAMPLED_TEXTS // sum(not table.is_document for table in tables))

@@ -239,7 +239,7 @@ class _SourceStream:
 
     def _make_sequences(self, rows: list[TokenIds], state: StreamState) -> list[list[TokenIds]]:
         packed = PackedSequences(rows, self.config.max_length, packing=self.config.packing)
-        sequences = [packed[index] for index in range(len(packed))]
+        sequences: list[list[TokenIds]] = [packed[index] for index in range(len(packed))]
         random.Random(f"{self.config.seed} {state.epoch} {state.row}").shuffle(sequences)
         return sequences
 

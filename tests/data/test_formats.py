@@ -342,13 +342,14 @@ def test_empty_lists_beside_conversations_are_ignored(load):
 )
 def test_preference_data_is_refused_by_name(refusal, load, row):
     assert refusal("a.jsonl", jsonl([row] * 9)).startswith(
-        "a.jsonl: chosen and rejected are preference data (DPO and the like), of which nothing is trained on by itself:"
+        "a.jsonl: chosen and rejected are preference data: give --objective dpo (or orpo, kto) to learn to prefer chosen."
     )
 
 
 def test_labels_of_wanted_answers_need_filter(refusal, load):
     rows = jsonl({"prompt": f"so {n}?", "completion": "yes", "label": n % 2 == 0} for n in range(40))
     assert refusal("a.jsonl", rows) == (
-        "a.jsonl: 'label' says which answers are wanted, as in preference data (KTO): keep those with --where label=True."
+        "a.jsonl: 'label' says which answers are wanted: --objective kto learns from all of them, and --where label=True "
+        "keeps these."
     )
     assert load("a.jsonl", rows, where=["label=True"]).counts.filtered == 20

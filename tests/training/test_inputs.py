@@ -7,14 +7,16 @@ import yaml
 from lora_tuner import Interrupted, Library, Notice, evaluation, resume, train
 from lora_tuner.adapters import adapter as adapters_adapter
 from lora_tuner.config import TrainConfig
-from lora_tuner.data import eval_sets
+from lora_tuner.data import chat, eval_sets
 from lora_tuner.data.splitting import content_hash
-from lora_tuner.errors import BaseModelError, DataError, TrainingError
+from lora_tuner.errors import BaseModelError, DataError, TrainingError, ignore_events
 from lora_tuner.settings_files import resolve_settings
+from lora_tuner.training.inputs import load_inputs
 from lora_tuner.training.preview import preview
 from lora_tuner.training.setup import prepare_training
 
 from .. import tiny_models
+from ..data_files import jsonl
 from .test_run import StopAt, weights
 
 
@@ -26,6 +28,59 @@ def test_held_out_rows_are_not_trained(settings, monkeypatch):
     assert trained
     assert held_out
     assert not trained & held_out
+
+
+def write_pairs(path, count=60):
+    texts = tiny_models.reviews(count)
+    rows = [
+        {"prompt": f"the {n} film", "chosen": text, "rejected": f"a plot {n}"} for n, text in enumerate(texts)
+    ]
+    path.write_text(jsonl(rows))
+    return rows
+
+
+@pytest.mark.parametrize("use_packing", [True, False])
+def test_pairs_lie_in_one_sequence(settings, tmp_path, use_packing):
+    rows = {row["prompt"]: row for row in write_pairs(tmp_path / "pairs.jsonl")}
+    config = settings(dataset="pairs.jsonl", objective="dpo", max_length=32, packing=use_packing)
+    inputs = load_inputs(config, ignore_events)
+    assert len(inputs.sequences.rows) == 2 * len(inputs.dataset.train)
+    for group in inputs.sequences.groups:
+        assert all(
+            second == first + 1 and first % 2 == 0 for first, second in zip(group[::2], group[1::2], strict=True)
+        )
+        assert sum(len(inputs.sequences.rows[row]) for row in group) <= 64
+    decode = inputs.base.tokenizer.decode
+    for text, chosen, rejected in zip(inputs.measured_texts, inputs.held_out, inputs.rejected, strict=True):
+        row = rows[chat.decode_row(text)["prompt"]]
+        assert decode(chosen[chosen >= 0]).strip().startswith(row["chosen"][:10])
+        assert decode(rejected[rejected >= 0]).strip().startswith(row["rejected"])
+    assert inputs.held_out_texts == inputs.measured_texts == inputs.dataset.held_out[: config.eval_rows]
+    assert inputs.desired == []
+
+
+def test_answers_with_labels_are_rows(settings, tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl")
+    inputs = load_inputs(settings(dataset="pairs.jsonl", objective="kto"), ignore_events)
+    assert len(inputs.desired) == len(inputs.sequences.rows) == len(inputs.dataset.train)
+    assert sum(inputs.desired) == len(inputs.desired) / 2
+    for row, desired in zip(inputs.sequences.rows, inputs.desired, strict=True):
+        answer = inputs.base.tokenizer.decode(row[row >= 0]).strip()
+        assert answer.startswith("a plot") is not desired
+    assert len(inputs.held_out) == len(inputs.rejected) == 8
+
+
+def test_pair_without_room_is_left_out(settings, tmp_path):
+    rows = write_pairs(tmp_path / "pairs.jsonl")
+    long = [row | {"prompt": f"{row['prompt']} of {'film ' * 90}"} for row in rows[:9]]
+    (tmp_path / "pairs.jsonl").write_text(jsonl([*rows, *long]))
+    told = []
+    config = settings(dataset="pairs.jsonl", objective="dpo", near_duplicates="keep")
+    inputs = load_inputs(config, told.append)
+    trained = sum("of film" in row for row in inputs.dataset.train)
+    assert len(inputs.sequences.rows) == 2 * (len(inputs.dataset.train) - trained)
+    skipped = f"Skipped {trained} rows of which an answer has nothing to learn, or both are alike,"
+    assert any(getattr(event, "text", "").startswith(skipped) for event in told)
 
 
 def test_long_rows_are_chunked(settings, tmp_path):
