@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from ..config import ModelOptions, TrainConfig
-from ..data import tokenization
+from ..data import preferences, tokenization
 from ..data.dataset import Dataset, load_dataset
 from ..data.dropped import DroppedCopy, find_dropped
 from ..data.near_duplicates import clusters
@@ -278,9 +278,17 @@ def _tokenize(
     invalid: tokenization.InvalidRows = {}
     for begin in range(0, len(rows), _BATCH):
         texts = [row.text for row in rows[begin : begin + _BATCH]]
-        _, use = tokenization.encode_rows(tokenizer, texts, config.max_length, config.long_rows, invalid)
+        if config.learns_preferences:
+            _, use, _ = preferences.encode_rows(tokenizer, texts, config.max_length, invalid)
+            sides = [iter(use.row_tokens)] * config.sides_per_row
+            use.row_tokens = list(map(max, zip(*sides, strict=True)))
+            use.truncated_rows = sum(length > config.max_length for length in use.row_tokens)
+        else:
+            _, use = tokenization.encode_rows(tokenizer, texts, config.max_length, config.long_rows, invalid)
         total += use
         notify(Progress("counting tokens", min(begin + _BATCH, len(rows)), len(rows)))
+    if config.sides_per_row == 2:
+        hints.append("The length of a pair is that of its longer answer, with the prompt.")
     if invalid:
         reason = next(iter(invalid.values()))
         hints.append(
@@ -330,7 +338,7 @@ def _measure_losses(
     base = loading.open_base(None, options, training=True)
     packing_checks.enable_fast_paths(base)
     rows = spread(rows, limit)
-    encoded = evaluation.encode_measured(base, [row.text for row in rows], {})
+    encoded = evaluation.encode_measured(base, [preferences.first_side(row.text) for row in rows], {})
     if not encoded:
         notify(Notice("No row has anything to predict, so no loss is measured."))
         return None

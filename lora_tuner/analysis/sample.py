@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..config import TrainConfig
-from ..data import chat
+from ..data import chat, preferences
 from ..data.rows import Source, iter_rows
 from ..text import display_name
 from . import phones
@@ -88,7 +88,10 @@ def iter_named_texts(value: object, name: str = "") -> Iterator[tuple[str, str]]
 
 
 def readable(text: str) -> str:
-    """Return a row as a person reads it: of a conversation roles and contents."""
+    """Return a row as a person reads it: of a conversation roles and contents, of a preference its answers."""
+    if preferences.is_preference(text):
+        answers = [f"[{name}] {answer}" for name, answer in preferences.answer_texts(text).items()]
+        return " ".join([preferences.prompt_of(text), *answers])
     text = chat.plain_text(text)
     if not chat.is_chat(text):
         return text

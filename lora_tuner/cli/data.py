@@ -37,7 +37,7 @@ _BAR_CHARS, _TERMINAL_BARS = 40, 12
 _LANGUAGES = 6
 
 
-@settings_options(TrainConfig, *_SETTINGS, "base", "revision", *_LOSS_SETTINGS)
+@settings_options(TrainConfig, *_SETTINGS, "objective", "base", "revision", *_LOSS_SETTINGS)
 def data(
     overrides: Overrides,
     datasets: Annotated[

@@ -48,6 +48,7 @@ EVAL_SET_FIELDS = (
     "format",
     "template",
     "answer_column",
+    "objective",
     "where",
     "group_by",
     "table",
@@ -58,7 +59,13 @@ EVAL_SET_FIELDS = (
 )
 DEFAULT_PREVIEWS = "3"
 SEVERAL_VALUES = " Several values, separated by commas: one run each."
-_LAYOUT_SETTINGS = ("text_column", "format", "template", "answer_column")  # of the columns of a dataset
+_LAYOUT_SETTINGS = (
+    "text_column",
+    "format",
+    "template",
+    "answer_column",
+    "objective",
+)  # of the columns of a dataset
 
 
 def _help(setting: str) -> str | None:
@@ -352,10 +359,11 @@ def _settings_of(adapter: Adapter) -> Overrides | None:
     settings: Overrides = {}
     with contextlib.suppress(ConfigError):
         settings = read_settings(adapter.path / RUN_FILE)
-    names = [name for name in (*_LAYOUT_SETTINGS, *FILE_SETTINGS, "clean") if name != "format"]
-    settings |= {name: value for name in names if (value := getattr(data, name)) is not None}
-    known = {name: settings.get(name) for name in (*names, "format")}
-    return {name: value for name, value in known.items() if value not in (None, "auto", "ending", "blank")}
+    names = (*_LAYOUT_SETTINGS, *FILE_SETTINGS, "clean")
+    of_data = [name for name in names if name not in ("format", "objective")]
+    settings |= {name: value for name in of_data if (value := getattr(data, name)) is not None}
+    known = {name: settings.get(name) for name in (*of_data, "format", "objective")}
+    return {name: value for name, value in known.items() if value not in (None, "auto", "ending", "blank", "sft")}
 
 
 def _names(adapters: Sequence[Adapter]) -> list[str]:

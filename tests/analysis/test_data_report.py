@@ -97,6 +97,19 @@ def test_conversations_are_read_by_field(make, chat_base):  # noqa: F811
     assert "The chat template of the base cannot write 6 conversations" in report.hints[0]
 
 
+def test_preferences_are_read_by_side(make):
+    rows = [{"prompt": f"Write to a{n}@x.org", "chosen": "yes " * n, "rejected": "no"} for n in range(1, 31)]
+    report = make("a.jsonl", jsonl(rows), objective="dpo", max_length=16, loss_rows=5)
+    assert (report.sampled_rows, sum(bar.rows for bar in report.lengths.histogram)) == (30, 30)
+    assert any("longer answer" in hint for hint in report.hints)
+    assert report.lengths.truncated_rows > 5  # those of which the longer answer is cut
+    assert report.lengths.chunked_rows == 0
+    emails = next(found for found in report.personal_data if found.kind == "email")
+    assert emails.rows == 30
+    assert report.losses.rows == 5
+    assert "[rejected] no" in report.short[0].text if report.short else True
+
+
 def test_template_rows_are_read_as_text(make):
     text = "question,answer\n" + "".join(f"What is {n}?,It is a{n}@b.de indeed\n" for n in range(9))
     report = make("rows.csv", text, template="Q: {question} A: {answer}", answer_column="answer")

@@ -10,6 +10,7 @@ from lora_tuner import TrainConfig, train
 from lora_tuner.adapters.adapter import RUN_FILE
 from lora_tuner.cli import options
 from lora_tuner.cli.options import eval_sets_from
+from lora_tuner.data import chat
 from lora_tuner.errors import DataError
 
 from ..data_files import TEXTS, jsonl, table
@@ -48,9 +49,20 @@ def trained_with(adapter, name="reviews", **changes):
     folder.mkdir()
     run = yaml.safe_load((adapter.path / RUN_FILE).read_text()) | changes
     (folder / RUN_FILE).write_text(yaml.safe_dump(run))
-    known = {key: value for key, value in changes.items() if key != "format"}
+    known = {key: value for key, value in changes.items() if key not in ("format", "objective")}
     data = adapter.manifest.data.model_copy(update={"clean": None} | known)
     return dataclasses.replace(adapter, path=folder, manifest=adapter.manifest.model_copy(update={"data": data}))
+
+
+def test_objective_reads_other_preferences(adapter, told, tmp_path):
+    rows = [{"prompt": f"{n}?", "chosen": text, "rejected": "no"} for n, text in enumerate(TEXTS)]
+    (tmp_path / "b.jsonl").write_text(jsonl(rows))
+    preferring = trained_with(adapter, objective="dpo", clean="none")
+    (eval_set,) = eval_sets_from({"eval_dataset": "b.jsonl"}, 200, [preferring])
+    assert sorted(chat.decode_row(text)["completion"] for text in eval_set.texts) == sorted(TEXTS)
+    assert told[0] == "b.jsonl is read as the data of reviews was: --objective dpo --clean none."
+    (tmp_path / "c.csv").write_text(table())
+    assert eval_sets_from({"eval_dataset": "c.csv"}, 200, [preferring])[0].texts  # as text
 
 
 POEMS = [f"{text}\nsecond line" for text in TEXTS]
