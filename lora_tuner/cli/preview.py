@@ -56,18 +56,18 @@ def show_preview(preview: "Preview", config: TrainConfig) -> None:
     has_colours = console.is_terminal and console.color_system is not None and not console.no_color
     if any(not part.is_learned for row in preview.rows for part in row.parts):
         mark = "green" if has_colours else "between \u00ab and \u00bb"
-        print(f"What is learned is {mark}.\n")
-    for number, row in enumerate(preview.rows, 1):
-        print("\n" * (number > 1), end="")
-        _show_row(number, row, config, has_colours)
+        what = "What is learned" if not config.learns_preferences else "What is compared"
+        print(f"{what} is {mark}.\n")
+    for index, row in enumerate(preview.rows):
+        print("\n" * (index > 0), end="")
+        _show_row(row, config, has_colours)
     lengths = _lengths(preview, config)
     if lengths is None:
         return
     measured = len(preview.use.row_tokens)
     if measured < preview.train_rows:
-        print_wrapped(
-            f"The lengths are those of {measured:,} of {format_rows(preview.train_rows)} to train on, the longest among them."
-        )
+        rows = format_count(preview.train_rows, "answer" if config.learns_preferences else "row")
+        print_wrapped(f"The lengths are those of {measured:,} of {rows} to train on, the longest among them.")
     show_lengths(lengths, measured)
     text, place = preview.longest
     print_wrapped(
@@ -81,8 +81,8 @@ def show_preview(preview: "Preview", config: TrainConfig) -> None:
             print_wrapped(_excerpt(prompt), "  ")
 
 
-def _show_row(number: int, row: "PreviewedRow", config: TrainConfig, has_colours: bool) -> None:
-    print(f"row {number}")
+def _show_row(row: "PreviewedRow", config: TrainConfig, has_colours: bool) -> None:
+    print(f"row {row.number}{row.side and f', {row.side}'}")
     is_marked = len(row.parts) > 1 or any(part.role for part in row.parts)
     texts: list[tuple[str, Text]] = []
     for part in row.parts:
@@ -96,7 +96,8 @@ def _show_row(number: int, row: "PreviewedRow", config: TrainConfig, has_colours
         if text.plain.endswith("\n"):  # the mark shows it
             text.right_crop(1)
         print_wrapped(text, f"  {escape_control(label):{width}}  ")
-    details = [f"{format_count(len(row.tokens), 'token')}, {sum(row.labels)} trained on (others in brackets)"]
+    use = "compared" if row.side else "trained on"
+    details = [f"{format_count(len(row.tokens), 'token')}, {sum(row.labels)} {use} (others in brackets)"]
     if row.cut_tokens:
         details.append(f"--max-length {config.max_length} cuts {row.cut_tokens:,} behind them")
     if row.pieces > 1:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ..config import HELD_OUT_MAX_TOKENS, TrainConfig, is_conversation
-from ..data import chat, packing, splitting, tokenization
+from ..data import chat, packing, preferences, splitting, tokenization
 from ..data.dataset import describe_data
 from ..data.dropped import DroppedCopy, find_dropped
 from ..data.prompts import held_out_prompts
@@ -36,7 +36,8 @@ class RowPart:
 class PreviewedRow:
     """A training row as the model sees it. `labels` marks the tokens that are learned.
 
-    `parts` are its turns, or its text; `pieces` the rows into which `max_length` divides it;
+    Of a preference each side is such a row: `side` is chosen, rejected, desired or undesired, and
+    `number` the same of both. `parts` are its turns, or its text; `pieces` the rows into which `max_length` divides it;
     `cut_tokens` those that are lost at its end.
     """
 
@@ -47,6 +48,8 @@ class PreviewedRow:
     parts: list[RowPart] = field(default_factory=list)
     pieces: int = 1
     cut_tokens: int = 0
+    number: int = 1
+    side: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Preview:
     """Rows as the model sees them, and figures of all training rows.
 
     Attributes:
+        train_rows: All of them; of preferences, their sides.
         use: Of the rows that were measured, at most `_MEASURED_ROWS`: their lengths, and what is cut.
         longest: The longest of all by characters of which that is known, and its place.
         dropped: Examples of rows that are left out as copies.
@@ -72,7 +76,7 @@ class Preview:
 
 
 def preview(requested: TrainConfig, count: int, notify: EventHandler = ignore_events) -> list[PreviewedRow]:
-    """Return the first `count` training rows as the model sees them. Loads no weights."""
+    """Return the first `count` training rows as the model sees them, both sides of a pair. Loads no weights."""
     return make_preview(requested, count, notify).rows
 
 
@@ -87,32 +91,40 @@ def make_preview(requested: TrainConfig, count: int, notify: EventHandler = igno
     for line in describe_data(dataset, requested):
         notify(Notice(line))
     previews: list[PreviewedRow] = []
-    invalid: tokenization.InvalidRows = {}
+    errors: tokenization.InvalidRows = {}
+    if requested.learns_preferences:
+        requested = requested.model_copy(update={"long_rows": "truncate"})
     for before, after in dataset.previews:
-        if len(previews) == count:
+        number = previews[-1].number + 1 if previews else 1
+        if number > count:
             break
-        row = _preview_row(tokenizer, before, after, requested, invalid)
-        if row is not None:
-            previews.append(row)
-    texts, longest = _choose_measured(dataset.train)
+        previews += _preview_sides(tokenizer, before, after, requested, errors, number)
+    sides = [side for row in dataset.train for side in preferences.sides(row)]
+    texts, longest = _choose_measured(sides)
     use = tokenization.TextUse()
     if texts:
-        _, use = tokenization.encode_rows(tokenizer, texts, requested.max_length, requested.long_rows, invalid)
+        _, use = tokenization.encode_rows(tokenizer, texts, requested.max_length, requested.long_rows, errors)
         longest = max(zip(use.row_tokens, texts, strict=True), key=lambda pair: pair[0])[1]
     counts = dataset.counts
-    dataset.leave_out(invalid, requested.max_invalid, notify)
+    dataset.leave_out(preferences.invalid_rows(dataset.train, errors), requested.max_invalid, notify)
     cleaned = requested.model_copy(update={"clean": dataset.clean or requested.clean})
-    dropped, places = find_dropped(cleaned, dataset, [longest])
+    longest_row = next((row for row in dataset.train if longest in preferences.sides(row)), longest)
+    dropped, places = find_dropped(cleaned, dataset, [longest_row])
     return Preview(
         base=files.name,
         rows=previews,
-        train_rows=len(dataset.train),
+        train_rows=len(dataset.train) * requested.sides_per_row,
         use=use,
-        longest=(_readable(longest), places.get(longest, "")),
+        longest=(_readable(longest), places.get(longest_row, "")),
         duplicates=counts.duplicates,
         near_duplicates=counts.near_duplicates,
         dropped=[
-            replace(copy, text=_readable(copy.text), kept_text=_readable(copy.kept_text)) for copy in dropped
+            replace(
+                copy,
+                text=_readable(preferences.first_side(copy.text)),
+                kept_text=_readable(preferences.first_side(copy.kept_text)),
+            )
+            for copy in dropped
         ],
         sample_prompts=requested.sample_prompt
         or _held_out_prompts(tokenizer, dataset.held_out[: requested.eval_rows], dataset.format),
@@ -134,6 +146,24 @@ def _choose_measured(texts: Sequence[str]) -> tuple[list[str], str]:
     step = -(-len(texts) // _MEASURED_ROWS) or 1
     chosen = sorted({*by_length[:_LONGEST], *range(0, len(texts), step)} if step > 1 else range(len(texts)))
     return [texts[index] for index in chosen], texts[by_length[0]] if texts else ""
+
+
+def _preview_sides(
+    tokenizer: "PreTrainedTokenizerBase",
+    before: str,
+    after: str,
+    requested: TrainConfig,
+    errors: tokenization.InvalidRows,
+    number: int,
+) -> list[PreviewedRow]:
+    """Return the sides of a row as the model sees them; none if the chat template cannot write one."""
+    names = [*preferences.answer_texts(after)] if preferences.is_preference(after) else [""]
+    rows = [_preview_row(tokenizer, before, side, requested, errors) for side in preferences.sides(after)]
+    return [
+        replace(row, number=number, side=name)
+        for name, row in zip(names, rows, strict=True)
+        if row is not None and None not in rows
+    ]
 
 
 def _preview_row(

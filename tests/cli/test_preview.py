@@ -82,6 +82,29 @@ def test_turns_show_learned_parts(preview, chat_base, talks, variables, is_colou
     assert max(map(len, shown.split("\nlengths")[0].splitlines())) <= 80 or is_coloured
 
 
+def test_both_sides_of_pair_are_shown(preview, tmp_path):
+    rows = [
+        {"prompt": f"so {n}?", "chosen": f"yes {text[:20]}", "rejected": f"no {n}"}
+        for n, text in enumerate(TEXTS)
+    ]
+    (tmp_path / "a.jsonl").write_text(jsonl(rows))
+    line = ("--dataset", "a.jsonl", "--objective", "dpo", "--preview", 2)
+    shown = preview(*line)
+    assert shown.startswith("What is compared is between \u00ab and \u00bb.\n\nrow 1, chosen\n  prompt      so ")
+    first = shown.partition("row 2, chosen")[0]
+    number = first.partition("so ")[2].partition("?")[0]
+    assert f"\n  completion  \u00abyes {TEXTS[int(number)][:20].strip()}" in first
+    assert f"\nrow 1, rejected\n  prompt      so {number}?\n  completion  \u00abno {number}\u00bb\n" in first
+    assert "row 3" not in shown
+    data = json.loads(preview(*line, "--json"))
+    assert [(row["number"], row["side"]) for row in data["rows"]] == [
+        (number, side) for number in (1, 2) for side in ("chosen", "rejected")
+    ]
+    assert data["measured_rows"] == data["train_rows"] == sum(bar["rows"] for bar in data["lengths"]["histogram"])
+    assert any(data["rows"][1]["labels"])
+    assert not all(data["rows"][1]["labels"])
+
+
 def test_answer_column_is_marked_in_text(preview, tmp_path):
     (tmp_path / "a.jsonl").write_text(
         jsonl({"q": f"why {text[:30]}", "a": f"so {n}"} for n, text in enumerate(TEXTS))
@@ -108,7 +131,8 @@ def test_preview_shows_lengths_and_cuts(preview, tmp_path):
     shown = preview("--dataset", "a.jsonl", "--preview", 1)
     assert " rows of at most --max-length 32\n" in shown.partition("\nlengths")[0]
     shown = json.loads(preview("--dataset", "a.jsonl", "--preview", 2, "--json", "--long-rows", "truncate"))
-    assert {*shown["rows"][0]} == {"before", "after", "tokens", "labels", "parts", "pieces", "cut_tokens"}
+    fields = {"before", "after", "tokens", "labels", "parts", "pieces", "cut_tokens", "number", "side"}
+    assert {*shown["rows"][0]} == fields
     lengths = shown["lengths"]
     assert (lengths["max_length"], lengths["truncated_rows"] > 0) == (32, True)
     assert sum(bar["rows"] for bar in lengths["histogram"]) == shown["measured_rows"] == shown["train_rows"]

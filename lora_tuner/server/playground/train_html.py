@@ -107,16 +107,19 @@ def preview(data: Json, max_length: int) -> Markup:
     """Show what `train --preview --json` says."""
     has_marks = any(not part["is_learned"] for row in data["rows"] for part in row["parts"])
     marks = "What is marked is learned; the rest is context." if has_marks else "All of the text is learned."
-    rows = Markup("").join(_row(number, row, max_length) for number, row in enumerate(data["rows"], 1))
+    unit = "row"
+    if any(row["side"] for row in data["rows"]):
+        marks, unit = "What is marked is compared; the rest is context.", "answer"
+    rows = Markup("").join(_row(row, max_length) for row in data["rows"])
     return Markup("{}{}{}{}").format(
-        html.note(f"The first of {format_rows(data['train_rows'])} to train on. {marks}"),
+        html.note(f"The first of {format_count(data['train_rows'], unit)} to train on. {marks}"),
         Markup('<div class="rows">{}</div>').format(rows),
         _lengths(data["lengths"], data["measured_rows"], data["train_rows"]) if data["lengths"] else "",
         _prompts(data["sample_prompts"]) + _dropped(data),
     )
 
 
-def _row(number: int, row: Json, max_length: int) -> Markup:
+def _row(row: Json, max_length: int) -> Markup:
     parts = Markup("").join(
         Markup("<p>{}<{tag}>{}</{tag}></p>").format(
             Markup("<b>{}</b> ").format(part["role"]) if part["role"] else "",
@@ -125,7 +128,8 @@ def _row(number: int, row: Json, max_length: int) -> Markup:
         )
         for part in row["parts"]
     )
-    facts = [f"{format_count(len(row['tokens']), 'token')}, {sum(row['labels']):,} learned"]
+    use = "compared" if row["side"] else "learned"
+    facts = [f"{format_count(len(row['tokens']), 'token')}, {sum(row['labels']):,} {use}"]
     if row["cut_tokens"]:
         facts.append(f"Max length {max_length} cuts {row['cut_tokens']:,} behind them")
     if row["pieces"] > 1:
@@ -135,9 +139,9 @@ def _row(number: int, row: Json, max_length: int) -> Markup:
         for token, learned in list(zip(row["tokens"], row["labels"], strict=True))[:MAX_TEXT]
     )
     return Markup(
-        '<article><h3>Row {}</h3>{}<p class="facts">{}</p>'
+        '<article><h3>Row {}{}</h3>{}<p class="facts">{}</p>'
         '<details><summary>Tokens</summary><p class="tokens">{}</p></details></article>'
-    ).format(number, parts, "; ".join(facts), tokens)
+    ).format(row["number"], row["side"] and f", {row['side']}", parts, "; ".join(facts), tokens)
 
 
 def _shown(text: str) -> str:

@@ -262,6 +262,7 @@ def test_preview_and_plan_come_from_commands(tab, upload):
 def test_preview_escapes_rows():
     part = {"role": "user", "text": "<script>x</script>\nso", "is_learned": False}
     row = {"parts": [part], "tokens": ["<b>"], "labels": [True], "cut_tokens": 3, "pieces": 1}
+    row |= {"number": 1, "side": ""}
     data = {
         "rows": [row],
         "train_rows": 9,
@@ -276,6 +277,9 @@ def test_preview_escapes_rows():
     assert "<li>&lt;i&gt;</li>" in shown
     assert "Max length 16 cuts 3 behind them" in shown
     assert "What is marked is learned" in shown
+    shown = train_html.preview(data | {"rows": [row | {"side": "<chosen>"}]}, 16)
+    assert "<h3>Row 1, &lt;chosen&gt;</h3>" in shown
+    assert "What is marked is compared" in shown
 
 
 # Runs
