@@ -5,10 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lora_tuner.config import TrainConfig
 from lora_tuner.data import chat, chat_template, preferences, tokenization
+from lora_tuner.data.readers import Table
+from lora_tuner.data.row_readers import PREFERENCES, Layout, text_reader
 from lora_tuner.data.rows import Source, iter_rows
+from lora_tuner.data.splitting import row_hash
+from lora_tuner.errors import InvalidRowError
 from lora_tuner.server.playground.conversation import Answer, Turn
 
 from .. import tiny_models
@@ -101,6 +107,27 @@ def test_openai_layout_is_read(load):
     rows = [row | {"input": {"messages": [{"role": "user", "content": f"{n}?"}]}} for n in range(20)]
     layout = load("a.jsonl", jsonl(rows), objective="dpo").layout
     assert layout == "preferences in 'input', 'preferred_output', 'non_preferred_output'"
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.parquet"])
+def test_pairs_of_any_file_are_alike(load, tmp_path, name):
+    import pandas as pd
+
+    spoken = [
+        {column: [{"role": role, "content": f"{column} {n}"}] for column, role in
+         (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))}
+        for n in range(30)
+    ]  # fmt: skip
+    for rows in (PAIRS, spoken):
+        frame = pd.DataFrame(rows)
+        if name == "a.csv":
+            frame.to_csv(tmp_path / name, index=False)
+        elif name == "a.json":
+            frame.to_json(tmp_path / name, orient="records")
+        else:
+            frame.to_parquet(tmp_path / name)
+        read, expected = load(name, objective="dpo"), load("b.jsonl", jsonl(rows), objective="dpo")
+        assert read.hash() == expected.hash()
 
 
 def test_other_prompt_columns_are_read():
@@ -213,6 +240,14 @@ def test_no_prompt_is_on_both_sides(load, objective):
     assert {*map(preferences.prompt_of, again.train)} == train
 
 
+def test_prompt_of_eval_dataset_is_not_trained(load, tmp_path):
+    others = [row | {"chosen": "of course", "rejected": "never"} for row in PAIRS[:7]]
+    (tmp_path / "eval.jsonl").write_text(jsonl(others))
+    dataset = load("a.jsonl", jsonl(PAIRS), objective="dpo", eval_dataset="eval.jsonl")
+    assert len(dataset.held_out) == 7
+    assert not {*map(preferences.prompt_of, dataset.train)} & {row["prompt"] for row in others}
+
+
 def test_group_overrides_prompt(load):
     rows = [row | {"user": f"u{n % 7}"} for n, row in enumerate(PAIRS)]
     dataset = load("a.jsonl", jsonl(rows), objective="dpo", group_by="user")
@@ -283,6 +318,46 @@ def test_malformed_pair_is_counted(load, changes, reason):
 def test_malformed_label_is_counted(load, changes, reason):
     dataset = load("a.jsonl", jsonl([*LABELLED, LABELLED[0] | changes]), objective="kto", max_invalid=0.1)
     assert {text: count for text, (count, _) in dataset.sources[0].invalid.items()} == {reason: 1}
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("[{")
+MESSAGES = st.lists(
+    st.dictionaries(
+        st.sampled_from(["role", "content", "from", "value", "weight", "tool_calls", "thinking", "x"]),
+        SCALARS | st.sampled_from(["user", "assistant", "system", "tool", "yes", "no"]),
+        max_size=3,
+    ),
+    max_size=3,
+)
+VALUES = (
+    SCALARS
+    | MESSAGES
+    | st.dictionaries(st.sampled_from(["messages", "tools", "role", "content"]), SCALARS | MESSAGES)
+)
+
+
+@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=[*HealthCheck])
+@given(
+    values=st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "label", "system", "tools"]), VALUES)
+)
+def test_fuzzed_row_is_read_or_invalid(values):
+    answers = {"prompt": "x", "chosen": "yes"}
+    for layout in (
+        Layout(PREFERENCES, "prompt", "chosen", rejected="rejected"),
+        Layout(PREFERENCES, "", "chosen", rejected="rejected"),
+        Layout(PREFERENCES, "prompt", "chosen", label="label"),
+        Layout(PREFERENCES, "prompt", "preferred_output", rejected="chosen"),
+    ):
+        for row in (values, answers | values):
+            try:
+                _, text = text_reader(Table("x", [], [], []), layout, TrainConfig(objective="kto"), "none")(row)
+            except InvalidRowError:
+                continue
+            for part in preferences.unpair(text) if text else ():
+                assert preferences.sides(part)
+                assert preferences.side_hash(part, "x")
+                assert row_hash(part, "x")
+                assert all(preferences.answer_texts(part))
 
 
 def test_many_malformed_pairs_stop_the_run(refusal):
