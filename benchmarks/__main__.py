@@ -28,6 +28,7 @@ from . import (
     methods,
     near_duplicates,
     page,
+    preferences,
     quality,
     rates,
     routing,
@@ -57,6 +58,8 @@ PARTS = {
     "routing": routing.run,
     "routing_times": routing.run_times,
     "doublings": doublings.run,
+    "preferences": preferences.run,
+    "preference_rates": preferences.rates,
     "vllm": serving.beside_vllm,
 }
 STUDIES = (
@@ -73,6 +76,8 @@ STUDIES = (
     "routing",
     "routing_times",
     "doublings",
+    "preferences",
+    "preference_rates",
     "vllm",
 )  # slow, so they run only when named
 PACKAGES = ("lora_tuner", "torch", "transformers", "peft", "trl", "xllamacpp")

@@ -103,6 +103,9 @@ METHODS: dict[MethodName, MethodInfo] = {
     ),
 }
 
+# Share of the learning rate for text that suits an objective (benchmarks/RESULTS.md, preferences).
+RATE_SHARES: dict[Objective, float] = {"sft": 1.0, "dpo": 0.1, "orpo": 0.5, "kto": 0.1}
+
 
 def _setting(
     default: Any, text: str, panel: str, shown: str | None = None, flag: str | None = None, **bounds: Any
@@ -726,6 +729,17 @@ class TrainConfig(_Settings):
         if rate <= 0:
             raise ValueError("input should be greater than 0")
         return rate
+
+    @field_validator("learning_rate", "patience")
+    @classmethod
+    def _check_chosen_by_text(cls, value: object, info: ValidationInfo) -> object:
+        objective = info.data.get("objective", "sft")
+        if objective != "sft" and value is not None and (info.field_name == "patience" or value == PROBE):
+            chosen = "patience" if info.field_name == "patience" else f"learning_rate {PROBE}"
+            raise _contradiction(
+                f"{chosen} chooses by the held-out loss of text, which objective {objective} does not lower: leave it out"
+            )
+        return value
 
     @field_validator("eval_max_rows")
     @classmethod

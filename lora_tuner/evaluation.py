@@ -225,7 +225,7 @@ def held_out_losses(
             if base_loss is None:
                 pairs.append(None)
                 continue
-            adapter_loss = _measure_cached(
+            adapter_loss = measure_cached(
                 base,
                 encoded,
                 key,
@@ -380,7 +380,7 @@ def measure_base_loss(
     Raises:
         BaseModelError: the loss is not finite.
     """
-    base_loss = _measure_cached(
+    base_loss = measure_cached(
         base,
         rows,
         None,
@@ -479,7 +479,7 @@ def _concatenate(losses: Sequence[HeldOutLoss]) -> HeldOutLoss:
 
 def cache_adapter_loss(base: LoadedBase, rows: Sequence[TokenIds], adapter: Adapter, loss: HeldOutLoss) -> None:
     """Keep the loss that training has measured, so that evaluation need not measure it again."""
-    _measure_cached(base, rows, weights_key(adapter), lambda: loss)
+    measure_cached(base, rows, weights_key(adapter), lambda: loss)
 
 
 def cached_rows(adapter: Adapter, notify: EventHandler = ignore_events) -> EvalSet:
@@ -562,7 +562,7 @@ def _length_batches(rows: Sequence[TokenIds], batch_tokens: int) -> Iterator[lis
         order = order[size:]
 
 
-def _measure_cached(
+def measure_cached(
     base: LoadedBase,
     rows: Sequence[TokenIds],
     adapter_key: list[object] | None,
@@ -579,7 +579,7 @@ def _measure_cached(
         str(base.dtype),
         type(base.lm_head.module).__name__,  # tells int8 from float32
         base.device.type,
-        [row.tolist() for row in rows],
+        tokenization.encoded_hash(rows),
     ]
     if base.dtype == torch.bfloat16 and fused_blocks.packs_rows(base.model):
         identity.append("fused blocks")  # they round differently

@@ -27,6 +27,44 @@ CONFIG: dict[str, Any] = {
 }
 
 
+PREFERENCE: dict[str, Any] = {
+    "objective": "dpo",
+    "beta": 0.1,
+    "reference": "base",
+    "rows": 250,
+    "groups": 90,
+    "accuracy": {
+        "base": 0.6,
+        "base_error": 0.03,
+        "adapter": 0.8,
+        "error": 0.025,
+        "change": 0.2,
+        "change_error": 0.03,
+    },
+    "margin": {
+        "base": 0.1,
+        "base_error": 0.04,
+        "adapter": 0.4,
+        "error": 0.04,
+        "change": 0.3,
+        "change_error": 0.04,
+    },
+    "reward_accuracy": 0.85,
+    "reward_error": 0.02,
+    "shorter": {
+        "pairs": 120,
+        "accuracy": {
+            "base": 0.5,
+            "base_error": 0.05,
+            "adapter": 0.75,
+            "error": 0.05,
+            "change": 0.25,
+            "change_error": 0.05,
+        },
+    },
+}
+
+
 def tensors(rank: int = 4, modules: Sequence[str] = MODULES, value: float = 1.0) -> dict[str, Any]:
     return {
         f"base_model.model.{module}.lora_{part}.weight": np.full(shape, value, np.float32)

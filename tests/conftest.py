@@ -130,7 +130,7 @@ def prepare_process() -> None:
     memory.bfloat16_speedup = lambda: 1.0
     plots.plot_loss = lambda history, manifest, to: Figure((1, 1)).savefig(to, format="png")
     samples.MAX_NEW_TOKENS = 3
-    plots.plot_sweep = lambda points, base_loss, recommended, to, growth: Figure((1, 1)).savefig(to, format="png")
+    plots.plot_sweep = lambda points, base_loss, recommended, to, *_: Figure((1, 1)).savefig(to, format="png")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -295,7 +295,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., contextlib.Abstrac
                 self.stop.set()
 
         with monkeypatch.context() as patched:
-            patched.setattr("lora_tuner.training.trainer._StopOnSignal.on_step_end", stop)
+            patched.setattr("lora_tuner.training.trainer.StopOnSignal.on_step_end", stop)
             with pytest.raises(Interrupted) as stopped:
                 yield stopped
 

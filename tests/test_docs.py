@@ -18,6 +18,7 @@ from .command_reference import reference
 from .faults.process import Command
 from .hub_server import Hub
 from .test_hub import repos  # noqa: F401 - a fixture
+from .training import preferences
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lora_tuner"
@@ -115,6 +116,18 @@ def test_openai_example_runs(gpt2, tmp_path, capsys):
         capsys.readouterr().out
         == api_server.greedy(gpt2, tmp_path / "adapters", "praise", "This film", 40).text + "\n"
     )
+
+
+def test_preference_example_runs(gpt2, capsys):
+    (example,) = re.findall(
+        r"```python\n(from lora_tuner .*?preference.*?)```", read_page("docs/objectives.md"), re.DOTALL
+    )
+    preferences.write_rows(preferences.pairs(60))
+    exec(example.replace("minutes=10", f"max_steps=2, max_length=64, device='cpu', base={str(gpt2)!r}"))
+    before, _, after, _, error = capsys.readouterr().out.split()
+    assert 0 <= float(before) <= 1
+    assert 0 <= float(after) <= 1
+    assert 0 <= float(error) < 0.5
 
 
 @pytest.mark.parametrize("page", PAGES)

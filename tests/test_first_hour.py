@@ -38,7 +38,7 @@ PLACES = ("behind the mill", "under the stairs", "by the old gate", "in the nort
 FAULTS = ("klemmt", "öffnet nicht", "quietscht")
 SAID = " the rain waits in the north and nobody listens"  # by every model
 TRAINING = "--base tiny --device cpu --max-steps 12 --rank 4 --learning-rate 0.01 --batch-size 2"
-STOP = "lora_tuner.training.trainer._StopOnSignal.on_step_end"
+STOP = "lora_tuner.training.trainer.StopOnSignal.on_step_end"
 INTERRUPTED = f"train --dataset notes --name again {TRAINING}"  # after its third step
 # Help, a look at the data and typing errors: quick.
 ARRIVING = [

@@ -11,7 +11,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..config import CleanMode, NearDuplicatesRule, is_conversation
-from ..text import format_gain, format_rows
+from ..text import format_count, format_gain, format_rows
+from .preference_info import PreferenceInfo
 
 SCHEMA_VERSION = 2
 MAX_PROBES = 64  # a stranger's manifest decides how many requests a check sends
@@ -153,6 +154,17 @@ class RateProbe(_ManifestModel):
     seconds: float
     trials: list[RateTrial]
 
+    def describe(self) -> str:
+        losses = [
+            f"{trial.learning_rate:g} {'diverged' if trial.loss is None else f'{trial.loss:.3f}'}"
+            for trial in self.trials
+        ]
+        return (
+            f"{self.learning_rate:g}, the best of {len(losses)} runs of {format_count(self.steps, 'step')} by the "
+            f"loss on {format_count(self.rows, 'held-out row')}"
+            f"{' (also those of the gain)' if self.reported_rows else ''}: {', '.join(losses)}"
+        )
+
 
 class RunInfo(_ManifestModel):
     """The training run. `seconds` are of the steps alone; `tokens` are predicted, not padding.
@@ -253,6 +265,7 @@ class Manifest(_ManifestModel):
     """`manifest.json`. Fields are None before a run has ended, and for an adopted adapter.
 
     `made_by` is the command that made the adapter without training, such as `blend a=0.7 b=0.3`;
+    of preferences `result` is the loss on the chosen answers, and `preference` has what they taught;
     `general` is measured on the fixed general text (data/general_text.py) of a run that has the time
     for it; `probes` are what `adapters check --url` compares with a server, None in older manifests.
     """
@@ -265,6 +278,7 @@ class Manifest(_ManifestModel):
     made_by: str | None = None
     parents: list[ParentInfo] = []
     result: EvalResult | None = None
+    preference: PreferenceInfo | None = None
     general: EvalResult | None = None
     probes: Annotated[list[Probe], Field(min_length=1, max_length=MAX_PROBES)] | None = None
     routing: RoutingInfo | None = None

@@ -19,7 +19,7 @@ from ..text import (
 )
 from . import base_config, compatibility
 from .adapter import LOSS_PLOT_FILE, SPECTRUM_FILE, Adapter
-from .manifest import BaseInfo, DatasetInfo, Manifest, RateProbe, RunInfo, SourceInfo
+from .manifest import BaseInfo, DatasetInfo, Manifest, RunInfo, SourceInfo
 from .report import card_section, describe_other_text
 from .samples import Sample, samples_table
 
@@ -50,7 +50,7 @@ def summary_rows(adapter: Adapter) -> list[tuple[str, str]]:
         *(_dataset_rows(data) if data else []),
         ("Text used", _format_use(run) if run else ""),
         ("Run", _format_run(run) if run else ""),
-        ("Learning rate", _format_probe(run.probe) if run and run.probe else ""),
+        ("Learning rate", run.probe.describe() if run and run.probe else ""),
         ("Coverage", _format_coverage(run) if run else ""),
     ]
     if result:
@@ -64,6 +64,7 @@ def summary_rows(adapter: Adapter) -> list[tuple[str, str]]:
                 f"{describe_gain(result.gain)}",
             ),
             ("Perplexity", f"{after:.2f} (base: {before:.2f})"),
+            *(manifest.preference.card_rows() if manifest.preference else []),
             ("General text", manifest.general.describe_change() if manifest.general else ""),
             ("Advice", (run.advice if run else None) or ""),
         ]
@@ -151,7 +152,9 @@ def _describe_training(manifest: Manifest) -> str:
         return "Its training data is not known."
     count = f"{data.counts['train']:,} " if data.counts.get("train") else ""
     kind = f"{count}rows of text"
-    if is_conversation(data.format):
+    if data.format == "preferences":
+        kind = f"{count}preferences between answers"
+    elif is_conversation(data.format):
         kind = f"the answers of {count}conversations"
     elif data.answer_column:
         kind = f"the column {data.answer_column} of {count}rows"
@@ -191,6 +194,8 @@ def _limitations(manifest: Manifest) -> list[str]:
     limits = []
     if result is None:
         limits.append("It was not evaluated: no held-out rows were measured.")
+    elif manifest.preference:
+        limits.append(manifest.preference.limitation(base))
     elif result.gain < 0:
         limits.append(f"On the held-out rows it is worse than {base}: {describe_gain(result.gain)}.")
     elif result.standard_error is not None and result.gain <= 2 * result.standard_error:
@@ -262,6 +267,8 @@ def _format_source(source: SourceInfo) -> str:
 
 
 def _format_layout(data: DatasetInfo) -> str:
+    if data.format == "preferences":
+        return "preferences, of which the answers count"
     formats = data.format.split(" + ")
     if conversations := [name for name in formats if is_conversation(name)]:
         rest = "; other rows as text" if len(conversations) < len(formats) else ""
@@ -285,18 +292,6 @@ def _format_run(run: RunInfo) -> str:
     return (
         f"{run.method}, {format_count(run.steps, 'step')}, {format_count(run.tokens, 'token')}, "
         f"{format_duration(run.seconds)} on {run.device} in {run.dtype}"
-    )
-
-
-def _format_probe(probe: RateProbe) -> str:
-    losses = [
-        f"{trial.learning_rate:g} {'diverged' if trial.loss is None else f'{trial.loss:.3f}'}"
-        for trial in probe.trials
-    ]
-    return (
-        f"{probe.learning_rate:g}, the best of {len(losses)} runs of {format_count(probe.steps, 'step')} by the "
-        f"loss on {format_count(probe.rows, 'held-out row')}"
-        f"{' (also those of the gain)' if probe.reported_rows else ''}: {', '.join(losses)}"
     )
 
 

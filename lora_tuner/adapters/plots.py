@@ -88,6 +88,11 @@ def plot_loss(history: Sequence[Mapping[str, float]], manifest: Manifest, to: Pa
         numbers, losses = zip(*steps, strict=True)
         axes.plot(numbers, losses, color="0.75", linewidth=1, label="training, each step")
         axes.plot(numbers, smooth_losses(losses), color="tab:blue", label="training, smoothed")
+    axes.set(xlabel="step", ylabel="loss per token")
+    if manifest.preference:  # its loss has another scale than that of text
+        axes.set(ylabel=f"loss of {manifest.preference.objective} per pair")
+        axes = axes.twinx()
+        axes.set(ylabel="held-out loss per token of the chosen answers")
     held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     if manifest.result:
         held_out = {0: manifest.result.base_loss} | held_out | {manifest.run.kept_step: manifest.result.loss}
@@ -100,12 +105,12 @@ def plot_loss(history: Sequence[Mapping[str, float]], manifest: Manifest, to: Pa
         style, label = ("D", "held out, all rows") if subset else ("o-", "held out")
         color = "tab:red" if subset else "tab:orange"
         axes.plot(*zip(*sorted(held_out.items()), strict=True), style, color=color, label=label)
-    axes.set(xlabel="step", ylabel="loss per token")
     title = f"{display_name(manifest.data.name)[:60]} on {display_name(manifest.base.name)[:60]}"
     axes.set_title(title, parse_math=False)  # a "$" in a file name is not a formula
     if steps or held_out or subset:
-        axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(handles=[line for part in figure.axes for line in part.get_lines()], frameon=False)
+    for part in figure.axes:
+        part.spines[["top"] if manifest.preference else ["top", "right"]].set_visible(False)
     figure.savefig(to, metadata={"Software": None})
 
 
@@ -225,6 +230,7 @@ def plot_sweep(
     recommended: str,
     to: Path | IO[bytes],
     growth: GrowthFigures | None = None,
+    figure_name: str = "held-out loss per token",
 ) -> None:
     """Plot held-out loss against size and against training time, with the base as a line and the
     recommended adapter highlighted; and against rows, steps or rank, where it is known what twice as
@@ -235,6 +241,7 @@ def plot_sweep(
         base_loss: held-out loss of the base.
         recommended: name of the adapter to keep.
         to: the PNG file to write.
+        figure_name: what is plotted in place of the held-out loss; lower is better.
     """
     from matplotlib.figure import Figure
 
@@ -274,7 +281,7 @@ def plot_sweep(
             )
         left, right = axes.get_xlim()
         axes.set_xlim(right=right + 0.35 * (right - left))  # room for the last label
-    rows[-1][0].set(ylabel="held-out loss per token")
+    rows[-1][0].set(ylabel=figure_name)
     rows[0][0].legend(frameon=False, fontsize=8)
     title = f"Recommended: {recommended} (orange). Bars: standard error of the gap to the best"
     figure.suptitle(title, fontsize=10, parse_math=False)

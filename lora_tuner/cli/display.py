@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..adapters.manifest import EvalResult, SourceInfo
+from ..adapters.preference_info import PreferenceInfo
 from ..text import CONTROL_CHARACTERS, describe_gain, escape_control, format_gain, one_line, shorten
 from .streams import is_reader_gone, stdout_error
 
@@ -146,6 +147,13 @@ def _format_loss(result: EvalResult | None) -> str:
 
 def print_result(result: EvalResult | None, sources: Sequence[SourceInfo] = ()) -> None:
     print(*format_result(result, sources), sep="\n")
+
+
+def print_preference(preference: PreferenceInfo) -> None:
+    """Print what preferences have taught; the held-out loss is that of the chosen answers."""
+    for name, text in preference.lines():
+        label = name.removeprefix("preference ").removeprefix("accuracy ")
+        print_wrapped(text, f"{label:<13} ")
 
 
 def print_picture(path: Path, shows: str) -> None:

@@ -17,15 +17,12 @@ from ..config import METHODS, STOP_RULES, ModelOptions, TrainConfig
 from ..errors import ConfigError, Interrupted
 from ..settings_files import expand_sweep, resolve_settings
 from ..text import (
-    describe_coverage,
     escape_control,
     format_bytes,
     format_count,
     format_duration,
     format_gain,
     format_number,
-    format_rows,
-    format_share,
 )
 from ..training.paths import SWEEP_PLOT_FILE
 from ..training.progress import display
@@ -33,6 +30,7 @@ from .completion import complete_run_names
 from .display import (
     BASE_LABEL,
     print_picture,
+    print_preference,
     print_result,
     print_stderr,
     print_table,
@@ -43,14 +41,13 @@ from .display import (
 from .generate import show_columns
 from .interactive import quote
 from .options import JsonOption, Overrides, settings_options
-from .preview import preview_to_dict, show_preview
+from .preview import preview_to_dict, show_plan, show_preview
 from .report import measure, show_report
 
 MAX_QUOTED = 300  # characters of a prompt in a command
 
 if TYPE_CHECKING:
     from ..analysis.report import Report
-    from ..training.profiling import RunEstimate
     from ..training.sweep_result import SweepResult
 
 
@@ -102,7 +99,7 @@ def train(
 
     python cli.py train --dataset poems.txt --clean lines --name poems --epochs 3
 
-    Docs: docs/tour.md, docs/methods.md, docs/scale.md
+    Docs: docs/tour.md, docs/methods.md, docs/objectives.md, docs/scale.md
     """
     if resume is not None and (overrides.keys() - {"runs_dir", "threads"} or config or plan or preview):
         raise ConfigError(
@@ -259,6 +256,8 @@ def _show_trained(adapter: Adapter) -> None:
     kept = "" if run.kept_step == run.steps else f", of which step {run.kept_step:,} is kept as the best"
     print(f"{adapter.path}  {format_bytes(adapter.bytes)}, {steps}{kept}")
     print_result(adapter.manifest.result, adapter.manifest.data.sources if adapter.manifest.data else [])
+    if preference := adapter.manifest.preference:
+        print_preference(preference)
     if general := adapter.manifest.general:
         print(f"general text: {general.describe_change()}")
     print_picture(adapter.path / LOSS_PLOT_FILE, "losses of the run")
@@ -320,20 +319,24 @@ def _show_sweep(result: "SweepResult") -> None:
         loss, gap = "diverged", ""
         if trial.loss is not None:
             loss, gap = f"{trial.loss:.3f}", format_gain(trial.gap, trial.standard_error)
+        accuracy = "" if trial.accuracy is None else f"{trial.accuracy:.3f}"
         values = [getattr(trial, name) for name in settings]
         rows.append(
             (
                 trial.name,
                 *("" if value is None else format_number(value) for value in values),
                 loss,
+                *([] if result.base_accuracy is None else [accuracy]),
                 gap,
                 format_bytes(trial.bytes),
                 format_duration(trial.seconds),
             )
         )
-    header = ("adapter", *settings.values(), "held-out loss", "gap to the best", "size", "training")
+    by_accuracy = [] if result.base_accuracy is None else ["accuracy"]
+    header = ("adapter", *settings.values(), "held-out loss", *by_accuracy, "gap to the best", "size", "training")
     print_table(rows, header, droppable=("learning rate", "training"))
-    print(f"base: held-out loss {result.base_loss:.3f}")
+    accuracy_of_base = "" if result.base_accuracy is None else f", preference accuracy {result.base_accuracy:.3f}"
+    print(f"base: held-out loss {result.base_loss:.3f}{accuracy_of_base}")
     print_picture(result.folder / SWEEP_PLOT_FILE, "held-out loss against size and training time")
     for sentence in result.growth.sentences if result.growth else ():
         print_wrapped(sentence)
@@ -353,38 +356,6 @@ def _settings_that_differ(result: "SweepResult") -> dict[str, str]:
     differ = {name for name in names if len({getattr(trial, name) for trial in trained}) > 1}
     shown = differ if differ & {"rows", "steps"} else {"rank", "learning_rate"}
     return {name: label for name, label in names.items() if name in shown}
-
-
-def show_plan(estimate: "RunEstimate") -> None:
-    total = estimate.base_parameters + estimate.trained_parameters
-    epoch = f" (one epoch: {estimate.steps_per_epoch:,})" if estimate.steps_per_epoch else ""
-    precision = estimate.dtype if estimate.load_in == "full" else estimate.load_in
-    checkpointing = ", gradient checkpointing" if estimate.gradient_checkpointing else ""
-    probe = f"at most {estimate.probe_steps:,} steps, {format_duration(estimate.probe_seconds)}"
-    trained = f"{estimate.trained_parameters:,} of {total:,} ({estimate.trained_parameters / total:.2%})"
-    print_table(
-        [
-            ("steps", f"{estimate.steps:,}{epoch}"),
-            ("seconds per step", f"{estimate.seconds_per_step:.2f} ({estimate.tokens_per_second:,.0f} tokens/s)"),
-            ("training", format_duration(estimate.training_seconds)),
-            ("learning rate", f"{estimate.learning_rate:g}, {estimate.learning_rate_origin}"),
-            *([("probe of it", probe)] if estimate.probe_steps else []),
-            ("evaluation", format_duration(estimate.held_out_seconds)),
-            ("peak memory", format_bytes(estimate.peak_memory_bytes)),
-            ("base", precision + checkpointing),
-            ("text used", _text_used(estimate)),
-            ("coverage", describe_coverage(estimate.coverage, estimate.not_adapted)),
-            ("trained parameters", trained),
-            ("adapter", format_bytes(estimate.adapter_bytes)),
-        ]
-    )
-    if estimate.advice:
-        print_wrapped(estimate.advice)
-
-
-def _text_used(estimate: "RunEstimate") -> str:
-    cut = f"; {format_rows(estimate.truncated_rows)} cut" if estimate.truncated_rows else ""
-    return format_share(estimate.used_share) + cut
 
 
 def methods(as_json: JsonOption = False) -> None:

@@ -22,7 +22,7 @@ from ..errors import TrainingError
 from . import tokenization
 from .mixing import mix
 from .near_duplicates import NearDuplicates
-from .packing import PackedSequences
+from .packing import PackedRows, PackedSequences
 from .rows import MIN_ROWS_TO_STOP, RowCounts, Source, iter_rows
 from .splitting import content_hash, is_held_out
 from .tokenization import TokenIds
@@ -237,9 +237,9 @@ class _SourceStream:
         for name, count in asdict(since).items():
             setattr(self.counts, name, getattr(before, name) + count)
 
-    def _make_sequences(self, rows: list[TokenIds], state: StreamState) -> list[list[TokenIds]]:
+    def _make_sequences(self, rows: list[TokenIds], state: StreamState) -> list[PackedRows]:
         packed = PackedSequences(rows, self.config.max_length, packing=self.config.packing)
-        sequences: list[list[TokenIds]] = [packed[index] for index in range(len(packed))]
+        sequences = [packed[index] for index in range(len(packed))]
         random.Random(f"{self.config.seed} {state.epoch} {state.row}").shuffle(sequences)
         return sequences
 

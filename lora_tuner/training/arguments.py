@@ -1,8 +1,9 @@
-"""Trainer's arguments, learning-rate schedule, data order, trackers, live log and watch of the threads."""
+"""Trainer's arguments, learning-rate schedule, data order, trackers, live log, and watch of threads and signals."""
 
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -189,6 +190,20 @@ class WatchThreads(TrainerCallback):
             command = f"{resume_command(self.setup.config)} --threads 1 --accept threads"
             advice = "" if self.setup.sweep else f" Press Ctrl-C, then: {command}"
             self.setup.notify(Notice(warning + advice))
+
+
+class StopOnSignal(TrainerCallback):
+    """Save and stop after the step in which the event was set, in any process."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self.stop = stop
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if distributed.all_reduce_max(self.stop.is_set()):
+            self.stop.set()
+            control.should_save = control.should_training_stop = True
 
 
 class EpochOrder(torch.utils.data.Sampler[int]):

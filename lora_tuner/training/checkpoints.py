@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import atomic_io
+from .. import atomic_io, distributed
 from ..adapters import adapter
 from ..adapters.manifest import Manifest
 from ..adapters.samples import SAMPLES_FILE
@@ -290,6 +290,32 @@ def check_unchanged(before: dict[str, str], after: dict[str, str], folder: Path)
         raise TrainingError(
             f"{folder} cannot be resumed exactly: changed since it stopped: {', '.join(changed.values())}. {advice}"
         )
+
+
+def for_world_size(saved: TrainConfig, manifest: Manifest, notify: EventHandler) -> TrainConfig:
+    """Return the settings with which this number of processes takes the same steps."""
+    before, now = manifest.run.processes if manifest.run else 1, distributed.world_size()
+    if before == now:
+        return saved
+    batches = saved.gradient_accumulation * before
+    accumulation, rest = divmod(batches, now)
+    if rest:
+        fit = " or ".join(str(number) for number in range(1, batches + 1) if batches % number == 0)
+        raise distributed.share_error(
+            TrainingError(
+                f"A step of {saved.name} has {batches} batches, which {now} processes cannot share "
+                f"evenly: resume with {fit}."
+            )
+        )
+    notify(
+        Notice(
+            f"The run was started with {before} {'processes' if before > 1 else 'process'} and "
+            f"resumes with {now}: --gradient-accumulation is {accumulation} instead of "
+            f"{saved.gradient_accumulation}, so that each step has the same sequences. Rounding "
+            "and dropout differ."
+        )
+    )
+    return saved.model_copy(update={"gradient_accumulation": accumulation})
 
 
 def check_stream(setup: "TrainingSetup", checkpoint: Path) -> None:

@@ -24,15 +24,19 @@ from ..config import (
     TrainConfig,
     is_conversation,
 )
-from ..data import eval_sets, packing, tokenization
+from ..data import eval_sets, packing
 from ..data.dataset import Dataset, load_dataset
+from ..data.packing import PackedRows
 from ..errors import ConfigError, EventHandler, Notice, TrainingError, ignore_events
 from ..models import added_tokens, loading, lora, packing_checks
 from ..models.added_tokens import AddedTokens
 from ..models.loading import LoadedBase
 from ..models.targets import TargetModules, describe_targets, resolve_target_modules
 from ..models.tokenizer import load_adapter_tokenizer
+from .objectives import PreferenceObjective, disable_dropout, make_objective
 from .rows import EncodedRows, encode_rows
+
+_MODEL_FIELDS = ("input_ids", "position_ids", "cu_seq_lens_q")  # of a batch
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class TrainingInputs(EncodedRows):
     targets: TargetModules
     split_salt: str
     added: AddedTokens | None  # tokens that the base does not have
+    objective: PreferenceObjective | None  # of preferences; None for the loss on text
 
     @property
     def sequences_per_step(self) -> int:
@@ -64,27 +69,59 @@ class TrainingInputs(EncodedRows):
         """Optimizer steps in one pass over the rows; None for a stream, whose length is unknown."""
         return None if self.streaming else math.ceil(len(self.sequences) / self.sequences_per_step)
 
-    def collate(self, items: Sequence[Sequence[tokenization.TokenIds]]) -> dict[str, torch.Tensor]:
+    def collate(self, items: Sequence[PackedRows]) -> dict[str, torch.Tensor]:
         """Make a batch of sequences, each a list of rows."""
         self.base.check_token_ids(row for rows in items for row in rows)
-        return packing.collate(items, self.base.tokenizer.pad_token_id, cu_seqlens=self.varlen_attention)
+        pad_id = self.base.tokenizer.pad_token_id
+        batch = packing.collate(items, pad_id, cu_seqlens=self.varlen_attention)
+        if self.objective is not None:
+            self.objective.add_fields(batch, items, pad_id, cu_seqlens=self.varlen_attention)
+        return batch
 
     def forward(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Run the model in front of its LM head: returns what `lm_head.nll` takes as logits."""
-        inputs = {name: tensor.to(self.base.device) for name, tensor in batch.items() if name != "labels"}
+        inputs = {name: batch[name].to(self.base.device) for name in _MODEL_FIELDS if name in batch}
         with self.base.lm_head.skip_lm_head():
             return cast("torch.Tensor", model(**inputs, use_cache=False).logits)
 
+    def nll(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Compute the negative log-likelihood of each next token that is a label, in nats: (items, length)."""
+        return self.base.lm_head.nll(self.forward(model, batch), batch["labels"].to(self.base.device))
+
     def loss(
+        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], count: torch.Tensor | int
+    ) -> torch.Tensor:
+        """Compute the loss of a batch: that of the objective, or on text.
+
+        Args:
+            count: `count` of all batches of the optimizer step, of which this is one.
+        """
+        if self.objective is None:
+            return self.text_loss(model, batch, count)
+        device = self.base.device
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        return self.objective.loss(partial(self.nll, model), batch, torch.as_tensor(count, device=device))
+
+    def text_loss(
         self, model: torch.nn.Module, batch: dict[str, torch.Tensor], predictions: torch.Tensor | int
     ) -> torch.Tensor:
-        """Compute the loss of a batch: mean negative log-likelihood per prediction, in nats.
+        """Compute the mean negative log-likelihood per prediction of a batch, in nats.
 
         Args:
             predictions: labels in all batches of the optimizer step, of which this is one.
         """
-        labels = batch["labels"].to(self.base.device)
-        return self.base.lm_head.nll(self.forward(model, batch), labels).sum() / predictions
+        return self.nll(model, batch).sum() / predictions
+
+    def count(self, batches: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor | int:
+        """Count what the loss of an optimizer step is divided by: labels, or as the objective counts."""
+        if self.objective is None:
+            return count_labels(batches)
+        return self.objective.count(batches)
+
+
+def count_labels(batches: Sequence[dict[str, torch.Tensor]]) -> int:
+    """Count the labels in batches, and one where there is none."""
+    return max(sum(int((batch["labels"] != packing.IGNORE_INDEX).sum()) for batch in batches), 1)
 
 
 def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
@@ -120,6 +157,10 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
             raise TrainingError(f"{base.files.name} does not isolate packed rows: leave out --packing.")
         notify(Notice(f"Rows are padded, not packed: {base.files.name} does not isolate packed rows."))
     encoded = encode_rows(requested, dataset, base, max_length, added, notify, use_packing=use_packing)
+    objective = make_objective(requested, encoded, max_length)
+    if objective is not None:
+        notify(Notice(objective.describe()))
+        disable_dropout(base.model)
     return TrainingInputs(
         base=base,
         parent=parent,
@@ -136,6 +177,7 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
         targets=targets,
         split_salt=str(_choose_split(requested, parent)["split_salt"]),
         added=added,
+        objective=objective,
     )
 
 
@@ -146,7 +188,8 @@ def reload_rows(inputs: TrainingInputs, requested: TrainConfig, notify: EventHan
         requested, dataset, inputs.base, inputs.max_length, inputs.added, notify, use_packing=inputs.packing
     )
     shared = {field.name: getattr(inputs, field.name) for field in fields(TrainingInputs)}
-    return TrainingInputs(**shared | vars(encoded))
+    objective = make_objective(requested, encoded, inputs.max_length)
+    return TrainingInputs(**shared | vars(encoded) | {"objective": objective})
 
 
 def model_options(requested: TrainConfig, notify: EventHandler) -> ModelOptions:

@@ -5,6 +5,8 @@ gradient, and what such a step changes in the text differs between bases of the 
 step of that kind is tried at several rates (`benchmarks/rates.py` compares the result with the
 best).
 
+A run on preferences takes a share of the rate for text, whose loss is measured here for it too.
+
 The rate that serves a short run best is higher than that of a long one (Bjorck et al., 2024,
 arXiv:2409.19913), so a probe of too few steps is refused. SmolLM2-135M on first sentences of
 reviews: of 6.3e-4, 2e-3 and 6.3e-3 the highest had the lowest loss after 10 steps, by 0.08 nats,
@@ -20,13 +22,13 @@ import torch
 from peft import PeftModel
 
 from .. import distributed, evaluation
-from ..config import METHODS
-from ..data import packing
+from ..config import METHODS, RATE_SHARES, TrainConfig
 from ..data.mixing import mix
+from ..data.packing import PackedRows
 from ..data.tokenization import TokenIds, count_predictions
-from ..errors import EventHandler, Progress, ignore_events
+from ..errors import EventHandler, Notice, Progress, ignore_events
 from ..text import format_count, format_duration
-from .inputs import TrainingInputs
+from .inputs import TrainingInputs, count_labels
 from .profiling import MEASURED_STEPS, StepProfile, tokens_per_step
 
 STEP_SHARE = 0.4  # of the best single step: the rate of a run (benchmarks/RESULTS.md, rates)
@@ -57,11 +59,15 @@ def default_learning_rate(
         model: the base with LoRA layers before the first step.
     """
     start, method = time.perf_counter(), METHODS[inputs.method]
+    share, of_share = 1.0, ""
+    if inputs.objective is not None:
+        share = RATE_SHARES[inputs.objective.name]
+        of_share = f", times {share:g} for {inputs.objective.name}"
     stepped, others = _two_samples(inputs)
     best = _best_step(inputs, model, stepped, others, notify) if others else None
     if best is None:
         why = "no step on the base lowers its loss" if others else "measuring one takes two sequences"
-        return method.learning_rate, f"from the method {inputs.method}, as {why}"
+        return share * method.learning_rate, f"from the method {inputs.method}, as {why}{of_share}"
     measured, lowest, highest = (
         rate * method.rate_share for rate in (STEP_SHARE * best, LOWEST_RATE, HIGHEST_RATE)
     )
@@ -70,7 +76,7 @@ def default_learning_rate(
         origin += f" ({measured:.2g}, but a default is at most {highest:g})"
     if measured < lowest:
         origin += f" ({measured:.2g}, but a default is at least {lowest:g})"
-    return float(f"{min(max(measured, lowest), highest):.2g}"), origin
+    return float(f"{share * min(max(measured, lowest), highest):.2g}"), origin + of_share
 
 
 def _two_samples(inputs: TrainingInputs) -> tuple[list[Batch], list[Batch]]:
@@ -88,7 +94,7 @@ def _two_samples(inputs: TrainingInputs) -> tuple[list[Batch], list[Batch]]:
         single = [(own[0], own[0])] if len(weights) > 1 else []
         pairs.append([*zip(own[::2], own[1::2], strict=False)] or single)
     draws = [itertools.cycle(own) for own in pairs]
-    halves: tuple[list[list[TokenIds]], list[list[TokenIds]]] = ([], [])
+    halves: tuple[list[PackedRows], list[PackedRows]] = ([], [])
     most = len(pairs) * max(map(len, pairs))  # without a repeated one if there is one source
     for number in itertools.islice(mix(weights), most):
         for half, index in zip(halves, next(draws[number]), strict=True):
@@ -98,12 +104,12 @@ def _two_samples(inputs: TrainingInputs) -> tuple[list[Batch], list[Batch]]:
     return _batches(inputs, halves[0]), _batches(inputs, halves[1])
 
 
-def _batches(inputs: TrainingInputs, items: list[list[TokenIds]]) -> list[Batch]:
+def _batches(inputs: TrainingInputs, items: list[PackedRows]) -> list[Batch]:
     size = inputs.batch_size
     return [inputs.collate(items[start : start + size]) for start in range(0, len(items), size)]
 
 
-def _is_enough(items: list[list[TokenIds]]) -> bool:
+def _is_enough(items: list[PackedRows]) -> bool:
     """Return whether sequences have enough tokens that are learned, or very many others."""
     rows = [row for item in items for row in item]
     return sum(map(count_predictions, rows)) >= MIN_TOKENS or sum(map(len, rows)) >= MAX_TOKENS
@@ -120,7 +126,7 @@ def _best_step(
     device = inputs.base.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for batch in stepped:
-            inputs.loss(model, batch, _predictions(stepped)).backward()
+            inputs.text_loss(model, batch, count_labels(stepped)).backward()
     signs = [p.grad.sign() if p.grad is not None else torch.zeros_like(p) for p in parameters]
     model.zero_grad(set_to_none=True)
     losses: dict[float, float] = {}
@@ -130,7 +136,7 @@ def _best_step(
         if length not in losses:
             for parameter, start, sign in zip(parameters, before, signs, strict=True):
                 parameter.copy_(start - length * sign)
-            loss = sum(inputs.loss(model, batch, _predictions(others)).item() for batch in others)
+            loss = sum(inputs.text_loss(model, batch, count_labels(others)).item() for batch in others)
             losses[length] = distributed.all_reduce_max(loss if math.isfinite(loss) else math.inf)
             notify(Progress("choosing the learning rate", min(len(losses), MAX_TRIES), MAX_TRIES))
         return losses[length]
@@ -159,10 +165,6 @@ def _lowest_point(half: float, once: float, twice: float) -> float:
     if not (math.isfinite(bend) and bend > 0):
         return 1.0
     return min(max((1.5 - slope_before / bend) / 2, 0.5), 2.0)
-
-
-def _predictions(batches: list[Batch]) -> int:
-    return max(sum(int((batch["labels"] != packing.IGNORE_INDEX).sum()) for batch in batches), 1)
 
 
 @dataclass(frozen=True)
@@ -237,6 +239,29 @@ def plan_probe(
         seconds=(runs * steps + MEASURED_STEPS) * profile.seconds_per_step
         + measured_tokens * profile.seconds_per_held_out_token,
     )
+
+
+def plan_run_probe(
+    requested: TrainConfig,
+    inputs: TrainingInputs,
+    profile: StepProfile,
+    learning_rate: float,
+    max_steps: int,
+    notify: EventHandler,
+) -> tuple[ProbePlan | None, int]:
+    """Return the plan of a probe, if one is possible, and the steps of the run after it.
+
+    Within --minutes the run has fewer steps, of which the probe takes a fifth.
+    """
+    is_within = requested.minutes is not None
+    plan = plan_probe(inputs, profile, max_steps, PROBE_SHARE / (1 + PROBE_SHARE) if is_within else PROBE_SHARE)
+    if isinstance(plan, str):
+        notify(Notice(f"No probe of the learning rate: {plan}. The run takes {learning_rate:g}."))
+        return None, max_steps
+    max_steps -= plan.cost if is_within else 0
+    ending = f" Both together take --minutes {requested.minutes:g}." if is_within else ""
+    notify(Notice(plan.describe(learning_rate, max_steps) + ending))
+    return plan, max_steps
 
 
 def _choosing_rows(inputs: TrainingInputs) -> tuple[list[TokenIds], list[str], bool]:

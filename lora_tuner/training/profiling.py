@@ -19,12 +19,13 @@ from peft import PeftModel
 
 from .. import distributed, evaluation
 from ..config import DEFAULT_MAX_MINUTES, TrainConfig
-from ..data import packing, tokenization
+from ..data import tokenization
+from ..data.packing import PackedRows
 from ..errors import EventHandler, Notice, Progress, TrainingError
 from ..models import fsdp, lora
 from ..models.base_files import quiet_transformers
 from ..models.memory import free_memory
-from .inputs import TrainingInputs
+from .inputs import TrainingInputs, count_labels
 
 MEMORY_SLACK = 1.15  # process memory per byte that a step keeps; 1.2 to 1.6 were measured
 MEASURED_STEPS = 4  # the first one warms up and is not counted
@@ -50,7 +51,8 @@ class StepProfile:
 class RunEstimate:
     """What a run will cost, from a few real steps. Seconds, bytes, counts.
 
-    `probe_steps` are those that a probe of the learning rate costs at most, before the run.
+    `probe_steps` are those that a probe of the learning rate costs at most, before the run, and
+    `reference_seconds` what the reference log-probabilities of preferences cost.
     """
 
     steps: int
@@ -62,6 +64,7 @@ class RunEstimate:
     learning_rate_origin: str
     probe_steps: int
     probe_seconds: float
+    reference_seconds: float
     held_out_seconds: float
     peak_memory_bytes: int
     tokens_per_second: float
@@ -241,7 +244,7 @@ def _activation_bytes(inputs: TrainingInputs, model: PeftModel, rows: Sequence[t
 
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
-        inputs.forward(model, inputs.collate([rows]))
+        inputs.forward(model, inputs.collate([PackedRows(rows)]))
     return sum(size for _, size in kept.values())
 
 
@@ -269,7 +272,7 @@ def profile_steps(
         start = time.perf_counter()
         firsts = range(step * per_step, (step + 1) * per_step, batch_size)
         batches = [inputs.collate(items[first : first + batch_size]) for first in firsts]
-        count = max(sum(int((batch["labels"] != packing.IGNORE_INDEX).sum()) for batch in batches), 1)
+        count = inputs.count(batches)
         for batch in batches:
             inputs.loss(model, batch, count).backward()
         distributed.all_reduce_gradients(model.parameters())
@@ -279,7 +282,7 @@ def profile_steps(
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         seconds.append(time.perf_counter() - start)
-        predictions.append(count)
+        predictions.append(count_labels(batches))
         notify(Progress("measuring speed", step + 1, MEASURED_STEPS))
     model.load_state_dict(weights, strict=False)
     model.zero_grad(set_to_none=True)

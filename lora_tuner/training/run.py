@@ -45,7 +45,7 @@ from ..evaluation import HeldOutLoss
 from ..models import fsdp, lora
 from ..settings_files import config_to_yaml, resolve_settings
 from ..text import format_names
-from . import arguments, checkpoints, paths, profiling, rate_probe, trainer
+from . import arguments, checkpoints, paths, preference_result, profiling, rate_probe, reference, trainer
 from .advice import describe_length, passes_advice, rate_advice
 from .checkpoints import RETRAIN_ADVICE, save_adapter
 from .inputs import dtype_name
@@ -117,7 +117,7 @@ def resume(
         checkpoint, manifests = distributed.run_on_rank_zero(partial(_load_stopped_run, saved, folder, notify))
         library = distributed.run_on_rank_zero(partial(paths.check_output_paths, saved, resuming=True))
         arguments.check_trackers(saved)
-        setup = prepare(_for_world_size(saved, manifests[folder], notify), notify)
+        setup = prepare(checkpoints.for_world_size(saved, manifests[folder], notify), notify)
         begun = manifests[folder].run
         if begun and not begun.curve_rows and setup.curve:  # as an older version began it
             older = profiling.plan_curve(setup, setup.max_steps, is_short_allowed=False)
@@ -165,6 +165,8 @@ def plan(requested: TrainConfig, notify: EventHandler | None = display) -> RunEs
     trained, frozen = lora.count_parameters(setup.model)
     lengths = [len(row) for row in setup.held_out]
     held_out_tokens = sum(lengths) * (2 + steps // (config.eval_every or steps + 1))
+    held_out_tokens += 2 * sum(map(len, setup.rejected))
+    reference_tokens = reference.count_tokens(setup)
     if curve := setup.curve:
         held_out_tokens += sum(lengths[row] for row in curve.rows) * math.ceil(steps / curve.every)
     return RunEstimate(
@@ -177,6 +179,7 @@ def plan(requested: TrainConfig, notify: EventHandler | None = display) -> RunEs
         learning_rate_origin=setup.learning_rate_origin,
         probe_steps=setup.probe_plan.cost if setup.probe_plan else 0,
         probe_seconds=setup.probe_plan.seconds if setup.probe_plan else 0.0,
+        reference_seconds=profile.seconds_per_held_out_token * reference_tokens,
         held_out_seconds=profile.seconds_per_held_out_token * held_out_tokens,
         peak_memory_bytes=profile.peak_memory_bytes,
         tokens_per_second=profile.tokens_per_second,
@@ -231,32 +234,6 @@ def _inexact_facts(before: Iterable[Manifest], setup: TrainingSetup, accept: Col
     return tuple(sorted(facts))
 
 
-def _for_world_size(saved: TrainConfig, manifest: Manifest, notify: EventHandler) -> TrainConfig:
-    """Return the settings with which this number of processes takes the same steps."""
-    before, now = manifest.run.processes if manifest.run else 1, distributed.world_size()
-    if before == now:
-        return saved
-    batches = saved.gradient_accumulation * before
-    accumulation, rest = divmod(batches, now)
-    if rest:
-        fit = " or ".join(str(number) for number in range(1, batches + 1) if batches % number == 0)
-        raise distributed.share_error(
-            TrainingError(
-                f"A step of {saved.name} has {batches} batches, which {now} processes cannot share "
-                f"evenly: resume with {fit}."
-            )
-        )
-    notify(
-        Notice(
-            f"The run was started with {before} {'processes' if before > 1 else 'process'} and "
-            f"resumes with {now}: --gradient-accumulation is {accumulation} instead of "
-            f"{saved.gradient_accumulation}, so that each step has the same sequences. Rounding "
-            "and dropout differ."
-        )
-    )
-    return saved.model_copy(update={"gradient_accumulation": accumulation})
-
-
 def _join_processes(requested: TrainConfig, notify: EventHandler | None) -> EventHandler:
     """Form the process group that was launched, if any. Returns `notify` for rank zero only."""
     fsdp.read_settings(requested.device)
@@ -302,6 +279,8 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
     with setup.model.disable_adapter():  # before the adapter is blamed for a damaged base
         base_held_out = evaluation.measure_base_loss(setup.base, setup.held_out, setup.notify)
     distributed.run_on_rank_zero(partial(checkpoints.check_can_be_saved, setup))
+    setup = reference.with_reference(setup)  # before a checkpoint is loaded
+    before = preference_result.measure_before(setup, base_held_out) if setup.objective else None
     if setup.probe_plan is not None:
         try:
             setup = rate_probe.choose_learning_rate(setup, setup.probe_plan)
@@ -340,9 +319,15 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
             history = _complete_curve(setup, history, base_held_out, held_out)
             base_held_out = replace(base_held_out, groups=setup.dataset.groups_of(setup.measured_texts))
             result = evaluation.paired_gain(base_held_out, held_out)
-            advice = rate_advice(
-                history, result, setup.learning_rate, setup.method, setup.steps_per_epoch, setup.parent_loss
-            )
+            preference = None
+            if before is not None:
+                preference = preference_result.measure_after(setup, before, held_out)
+                change = evaluation.paired_gain(before[1].chosen, held_out)
+                advice = preference_result.preference_advice(preference, change, setup.learning_rate)
+            else:
+                advice = rate_advice(
+                    history, result, setup.learning_rate, setup.method, setup.steps_per_epoch, setup.parent_loss
+                )
             sources = [
                 source.model_copy(update={"result": setup.paired_gain_on(number, base_held_out, held_out)})
                 for number, source in enumerate(setup.source_infos())
@@ -353,6 +338,7 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
                     "data": data.model_copy(update={"sources": sources}),
                     "run": run.model_copy(update={**trained, "advice": advice}),
                     "result": result,
+                    "preference": preference,
                     **setup.measured_fields(int(trained["tokens"])),
                 }
             )

@@ -52,7 +52,7 @@ from ..models.base_files import quiet_transformers
 from ..text import describe_coverage, format_bytes, format_count
 from . import profiling
 from .inputs import TrainingInputs, dtype_name, load_inputs
-from .learning_rate import PROBE_SHARE, ProbePlan, default_learning_rate, plan_probe
+from .learning_rate import ProbePlan, default_learning_rate, plan_run_probe
 from .profiling import HeldOutCurve, StepProfile
 
 
@@ -287,7 +287,7 @@ def prepare_training(
     seconds_per_step = profile.seconds_per_step if profile else None
     max_steps = profiling.steps_for_stop_rule(requested, inputs.steps_per_epoch, seconds_per_step, notify)
     if probes and profile is not None:
-        probe_plan, max_steps = _plan_probe(requested, inputs, profile, learning_rate, max_steps, notify)
+        probe_plan, max_steps = plan_run_probe(requested, inputs, profile, learning_rate, max_steps, notify)
     # With these settings the run can be repeated step for step. Nothing changes them afterwards.
     base, parent = inputs.base, inputs.parent
     config = requested.model_copy(
@@ -309,6 +309,7 @@ def prepare_training(
             "max_length": inputs.max_length,
             "packing": inputs.packing,
             "batch_size": inputs.batch_size,
+            "beta": inputs.objective.beta if inputs.objective else None,
             "learning_rate": learning_rate,
             "gradient_checkpointing": "on" if checkpointing else "off",
             "epochs": None,
@@ -330,29 +331,6 @@ def prepare_training(
         sweep=sweep,
         probe_plan=probe_plan,
     )
-
-
-def _plan_probe(
-    requested: TrainConfig,
-    inputs: TrainingInputs,
-    profile: StepProfile,
-    learning_rate: float,
-    max_steps: int,
-    notify: EventHandler,
-) -> tuple[ProbePlan | None, int]:
-    """Return the plan of a probe, if one is possible, and the steps of the run after it.
-
-    Within --minutes the run has fewer steps, of which the probe takes a fifth.
-    """
-    is_within = requested.minutes is not None
-    plan = plan_probe(inputs, profile, max_steps, PROBE_SHARE / (1 + PROBE_SHARE) if is_within else PROBE_SHARE)
-    if isinstance(plan, str):
-        notify(Notice(f"No probe of the learning rate: {plan}. The run takes {learning_rate:g}."))
-        return None, max_steps
-    max_steps -= plan.cost if is_within else 0
-    ending = f" Both together take --minutes {requested.minutes:g}." if is_within else ""
-    notify(Notice(plan.describe(learning_rate, max_steps) + ending))
-    return plan, max_steps
 
 
 def _add_lora(requested: TrainConfig, inputs: TrainingInputs, notify: EventHandler) -> PeftModel:

@@ -1,7 +1,8 @@
 """Compare the trials of a sweep on the same held-out rows, recommend one, and say what more would bring."""
 
 import json
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .. import evaluation
@@ -23,7 +24,8 @@ class Trial:
     """One run of a sweep.
 
     `loss` is None if it diverged, `learning_rate` too if it was not given; `gap` is to the best,
-    paired. `rows` are those trained on; rows and steps are None if it diverged, and in older results."""
+    paired; of preferences it is that of `accuracy`, and not paired. `rows` are those trained on; rows
+    and steps are None if it diverged, and in older results."""
 
     name: str
     rank: int
@@ -35,6 +37,7 @@ class Trial:
     standard_error: float | None = 0.0  # None for a single held-out row, group or document
     rows: int | None = None
     steps: int | None = None
+    accuracy: float | None = None  # share of held-out preferences; None of text
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class SweepResult:
     folder: Path
     id: str = ""
     growth: GrowthFigures | None = None
+    base_accuracy: float | None = None
 
     def to_dict(self) -> dict[str, object]:
         growth = self.growth.model_dump() if self.growth else None
@@ -118,11 +122,38 @@ def measure_trials(
                     steps=adapter.manifest.run.steps,
                 )
             )
+    infos = [adapter.manifest.preference for adapter in adapters.values() if adapter.manifest]
+    base_accuracy = infos[0].accuracy.base if infos[0] else None
+    if base_accuracy is not None:
+        results = _compare_accuracy(results, adapters)
     good = [trial for trial in results if trial.loss is not None and trial.gap <= (trial.standard_error or 0.0)]
-    smallest = min(good, key=lambda trial: (trial.bytes, trial.loss))
+    smallest = min(good, key=lambda trial: (trial.bytes, -(trial.accuracy or 0.0), trial.loss))
     path = adapters[smallest.name].path
-    growth = _fit_growth(results, base_held_out, held_out)
-    return SweepResult(name, base_held_out.loss, results, smallest.name, path, folder, sweep, growth)
+    growth = _fit_growth(results, base_held_out, held_out) if base_accuracy is None else None
+    return SweepResult(
+        name, base_held_out.loss, results, smallest.name, path, folder, sweep, growth, base_accuracy
+    )
+
+
+def _compare_accuracy(trials: list[Trial], adapters: dict[str, Adapter]) -> list[Trial]:
+    """Return the trials with their preference accuracy, and the gap to the best one."""
+    figures = {
+        name: adapter.manifest.preference.accuracy
+        for name, adapter in adapters.items()
+        if adapter.manifest and adapter.manifest.preference
+    }
+    best = max(figures.values(), key=lambda figure: figure.adapter)
+    compared = []
+    for trial in trials:
+        if (figure := figures.get(trial.name)) is None:
+            compared.append(trial)
+            continue
+        error = None
+        if figure.error is not None and best.error is not None:
+            error = 0.0 if figure is best else math.hypot(figure.error, best.error)
+        gap = best.adapter - figure.adapter
+        compared.append(replace(trial, accuracy=figure.adapter, gap=gap, standard_error=error))
+    return compared
 
 
 def _fit_growth(trials: list[Trial], base: HeldOutLoss, held_out: dict[str, HeldOutLoss]) -> GrowthFigures | None:
@@ -140,9 +171,14 @@ def write_result(result: SweepResult, folder: Path) -> None:
     """Write the table as JSON, and the picture."""
     text = json.dumps(result.to_dict(), indent=2) + "\n"
     (folder / paths.SWEEP_RESULT_FILE).write_text(text, encoding="utf-8")
-    points = [
-        plots.SweepPoint(trial.name, trial.bytes, trial.seconds, trial.loss, trial.standard_error)
-        for trial in result.trials
-        if trial.loss is not None
-    ]
-    plots.plot_sweep(points, result.base_loss, result.recommended, folder / paths.SWEEP_PLOT_FILE, result.growth)
+    points = []
+    for trial in result.trials:
+        if trial.loss is not None:
+            figure = trial.loss if trial.accuracy is None else 1 - trial.accuracy
+            points.append(plots.SweepPoint(trial.name, trial.bytes, trial.seconds, figure, trial.standard_error))
+    path = folder / paths.SWEEP_PLOT_FILE
+    if result.base_accuracy is None:
+        plots.plot_sweep(points, result.base_loss, result.recommended, path, result.growth)
+    else:
+        label = "share of held-out preferences missed"
+        plots.plot_sweep(points, 1 - result.base_accuracy, result.recommended, path, None, label)

@@ -7,7 +7,6 @@ and a signal ends the step and saves. Of several processes only rank zero writes
 
 import contextlib
 import math
-import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -53,6 +52,7 @@ from .arguments import (
     LOSSES,
     EpochOrder,
     LiveLog,
+    StopOnSignal,
     WatchThreads,
     learning_rate_factor,
     tensorboard_callback,
@@ -89,7 +89,7 @@ def run_trainer(
         distributed.run_on_rank_zero(partial(checkpoints.remove_newer_than, checkpoint, folder))
         set_seed(setup.config.seed + distributed.rank())  # for dropout alone
         with stop_on_signal() as stop:
-            trainer.add_callback(_StopOnSignal(stop))
+            trainer.add_callback(StopOnSignal(stop))
             samples.trackers = trainer.callback_handler.callbacks
             trainer.add_callback(samples)  # after the trackers have begun
             trainer.add_callback(live)  # after the samples are in the log
@@ -212,6 +212,15 @@ class LoraTrainer(Trainer):
         # DDP averages gradients.
         return self.setup.loss(model, inputs, kwargs["num_items_in_batch"]) * distributed.world_size()
 
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device
+    ) -> torch.Tensor | int | None:
+        if self.setup.objective is None:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        count = torch.as_tensor(self.setup.count(batch_samples), device=device)
+        of_processes: torch.Tensor = self.accelerator.gather(count)
+        return of_processes.view(-1, len(count)).sum(0)
+
     def training_step(
         self,
         model: torch.nn.Module,
@@ -221,7 +230,8 @@ class LoraTrainer(Trainer):
         if self.state.global_step != self.current_step:
             assert num_items_in_batch is not None
             self.current_step, self.step_start = self.state.global_step, time.perf_counter()
-            self.predictions = int(num_items_in_batch)
+            count = torch.as_tensor(num_items_in_batch)
+            self.predictions = int(count if self.setup.objective is None else count[1])
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss) and distributed.world_size() == 1:  # else: by gradients
             self.save_last_good_and_raise(f"The loss is {loss.item()}")
@@ -384,17 +394,3 @@ class _CheckGradients(TrainerCallback):
         if not torch.nn.utils.get_total_norm([it.grad for it in trained if it.grad is not None]).isfinite():
             self.trainer.save_last_good_and_raise("A gradient is not finite")
         self.trainer.last_good = [tensor.detach().clone() for tensor in trained]
-
-
-class _StopOnSignal(TrainerCallback):
-    """Save and stop after the step in which the event was set, in any process."""
-
-    def __init__(self, stop: threading.Event) -> None:
-        self.stop = stop
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        if distributed.all_reduce_max(self.stop.is_set()):
-            self.stop.set()
-            control.should_save = control.should_training_stop = True

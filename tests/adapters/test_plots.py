@@ -78,6 +78,24 @@ def test_loss_plot_without_steps(tmp_path):
     assert share(pixels, BLUE) == share(pixels, ORANGE) == 0
 
 
+def test_preference_plot_has_two_axes(tmp_path, monkeypatch):
+    """The loss of pairs is on another scale than that of text."""
+    from matplotlib.figure import Figure
+
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *of, **how: (figures.append(self), savefig(self, *of, **how))
+    )
+    pixels = plot(tmp_path, manifest=adapter_files.manifest(preference=adapter_files.PREFERENCE))
+    assert [axes.get_ylabel() for axes in figures[0].axes] == [
+        "loss of dpo per pair",
+        "held-out loss per token of the chosen answers",
+    ]
+    assert share(pixels, BLUE) > 0.0003
+    assert share(pixels, ORANGE) > 0.0003
+    assert len(figures[0].axes[1].get_legend().get_texts()) == 3
+
+
 @pytest.fixture
 def lines(monkeypatch):
     """Points of each line drawn, by its label."""

@@ -299,6 +299,34 @@ def test_groups_are_shown_beside_rows(capsys, wide, tmp_path):
     assert "<small>2 rows in 1 group</small>" in show_gains(matrix)
 
 
+def test_preferences_are_shown(capsys, monkeypatch, tmp_path):
+    """At the end of a run in 80 columns, in the card, in `adapters show`, and beside a sweep."""
+    monkeypatch.setenv("COLUMNS", "80")
+    facts = adapter_files.manifest(preference=adapter_files.PREFERENCE)
+    adapter = load_adapter_folder(adapter_files.write(tmp_path / "a", facts=facts))
+    display.print_preference(facts.preference)
+    lines = printed(capsys).splitlines()
+    assert lines == [
+        "accuracy      0.600 -> 0.800  (+0.200 ± 0.030, 250 held-out pairs of 90 prompts)",
+        "margin        0.100 -> 0.400  (+0.300 ± 0.040 nats per token)",
+        "by length     0.500 -> 0.750 chosen shorter (120)",
+    ]
+    adapters.show_adapters([("a", adapter)])
+    adapters.show_details(adapter, [])
+    shown, card = printed(capsys), model_card(adapter, "a")
+    for name, text in facts.preference.lines():
+        assert f"| {name.capitalize()} | {' '.join(text.split())} |" in card
+        assert " ".join(f"{name} {text}".split()) in " ".join(shown.split())
+    assert "| Objective | dpo, beta 0.1, reference: the base; the held-out loss is that of" in card
+    assert "- It prefers chosen answers of its data more often than" in card
+    trials = [Trial("s-1", 2, 1e-3, 2.0, accuracy=0.8), Trial("s-2", 2, 1e-2)]
+    result = SweepResult("s", 3.0, trials, "s-1", adapter.path, tmp_path, base_accuracy=0.6)
+    train._show_sweep(result)
+    shown = printed(capsys)
+    assert "accuracy" in shown.splitlines()[0]
+    assert "base: held-out loss 3.000, preference accuracy 0.600" in shown
+
+
 def test_results_say_where_pictures_are(capsys, wide, tmp_path):
     adapter = load_adapter_folder(adapter_files.write(tmp_path / "a", facts=adapter_files.manifest()))
     train._show_trained(adapter)

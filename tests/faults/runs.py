@@ -27,7 +27,7 @@ HARD = (
 # With the best evaluation at step 6 (`best_at`) it ends at step 10.
 PATIENT = ("--dropout", "0.1", "--max-steps", "20", "--eval-every", "2", "--patience", "2", "--max-rows", "40")
 STEP_END, MICRO_BATCH = (
-    "lora_tuner.training.trainer:_StopOnSignal.on_step_end",
+    "lora_tuner.training.trainer:StopOnSignal.on_step_end",
     "lora_tuner.training.trainer:LoraTrainer.training_step",
 )
 RUN, ADAPTER = Path("runs/reviews"), Path("adapters/reviews")

@@ -242,7 +242,7 @@ def test_auto_checkpointing_when_memory_is_short(settings, monkeypatch):
 
 
 def test_plan_shows_chosen_precision(settings, capsys):
-    from lora_tuner.cli.train import show_plan
+    from lora_tuner.cli.preview import show_plan
 
     estimate = plan(settings())
     assert not estimate.gradient_checkpointing

@@ -24,11 +24,12 @@ from lora_tuner.adapters.adapter import METRICS_FILE, RUN_FILE, WEIGHTS_FILE
 from lora_tuner.data.packing import PackedSequences
 from lora_tuner.errors import ConfigError, RaisedOnRankZero, TrainingError
 from lora_tuner.settings_files import resolve_settings
-from lora_tuner.training import learning_rate, run, sweep
+from lora_tuner.training import checkpoints, learning_rate, run, sweep
 from lora_tuner.training.arguments import EpochOrder
 
 from .. import tiny_models
 from ..faults.process import Command
+from . import preferences
 
 CLI = Path(__file__).parents[2] / "cli.py"
 SHORT = {"rank": 4, "max_length": 64, "batch_size": 2, "eval_rows": 9, "learning_rate": 5e-3, "device": "cpu"}
@@ -142,6 +143,28 @@ def test_two_processes_train_same_adapter(settings, run_both):
         )
     assert two.manifest.data == one.manifest.data
     assert not Path("runs/two").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
+def test_two_processes_share_pairs(settings, objective):
+    """Also where a process has fewer pairs than the other, or none."""
+    rows = (preferences.answers if objective == "kto" else preferences.pairs)(60)
+    settings |= {"dataset": preferences.write_rows(rows), "objective": objective, "eval_rows": 100}
+    settings |= {"near_duplicates": "keep"}
+    done = run_two(settings, "--max-steps=8", "--name=two")
+    assert done.status == 0, done.err
+    assert done.err.count(f"Objective {objective}") == 1
+    two = Library().get("two")
+    one = train(
+        TrainConfig.model_validate(settings | {"max_steps": 8, "gradient_accumulation": 2, "name": "one"})
+    )
+    assert one.manifest.run.sequences % 4 != 0
+    assert curve(one) == pytest.approx(curve(two), abs=1e-5)
+    assert one.manifest.run.tokens == two.manifest.run.tokens
+    for figure in ("accuracy", "margin"):
+        figures = (getattr(adapter.manifest.preference, figure).model_dump() for adapter in (one, two))
+        assert next(figures) == pytest.approx(next(figures), abs=1e-4)
 
 
 @pytest.mark.slow
@@ -385,12 +408,12 @@ def test_indivisible_accumulation_is_refused(settings, monkeypatch):
     config = TrainConfig.model_validate(settings | {"gradient_accumulation": 2, "name": "imdb"})
     then = SimpleNamespace(run=SimpleNamespace(processes=2))
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
-    assert run._for_world_size(config, then, lambda event: None).gradient_accumulation == 1
+    assert checkpoints.for_world_size(config, then, lambda event: None).gradient_accumulation == 1
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     with pytest.raises(
         TrainingError, match="has 4 batches, which 3 processes cannot share evenly: resume with 1 or 2 or 4"
     ):
-        run._for_world_size(config, then, lambda event: None)
+        checkpoints.for_world_size(config, then, lambda event: None)
 
 
 # Agreement between processes

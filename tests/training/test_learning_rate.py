@@ -109,8 +109,8 @@ def test_measuring_leaves_model_as_it_was(measured, monkeypatch):
     state = torch.get_rng_state()
     learning_rate.default_learning_rate(setup, setup.model)
     assert torch.equal(state, torch.get_rng_state())
-    loss = TrainingInputs.loss
-    monkeypatch.setattr(TrainingInputs, "loss", lambda *of: loss(*of) * float("nan"))
+    loss = TrainingInputs.text_loss
+    monkeypatch.setattr(TrainingInputs, "text_loss", lambda *of: loss(*of) * float("nan"))
     rate, origin = learning_rate.default_learning_rate(setup, setup.model)
     assert (rate, origin) == (2e-3, "from the method lora, as no step on the base lowers its loss")
     after = dict(setup.model.named_parameters())

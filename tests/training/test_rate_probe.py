@@ -38,7 +38,7 @@ def short(settings, monkeypatch):
     """Settings of a run with a probe of few and short runs."""
     monkeypatch.setattr(learning_rate, "MIN_STEPS", 2)
     monkeypatch.setattr(learning_rate, "MIN_ROWS", 3)
-    monkeypatch.setattr("lora_tuner.training.setup.PROBE_SHARE", 2)
+    monkeypatch.setattr(learning_rate, "PROBE_SHARE", 2)
 
     def make(**changes):
         return settings(**{"learning_rate": "probe", "max_steps": 10, "eval_rows": 8} | changes)
@@ -245,9 +245,9 @@ def test_sweep_of_ranks_probes_each(short, settings):
 
 
 SHORT_PROBE = """
-from lora_tuner.training import learning_rate, setup
+from lora_tuner.training import learning_rate
 learning_rate.MIN_STEPS = learning_rate.MIN_ROWS = 3
-setup.PROBE_SHARE = 3
+learning_rate.PROBE_SHARE = 3
 """
 
 

@@ -229,7 +229,7 @@ def test_weights_that_are_not_finite_are_not_measured_again(settings, monkeypatc
         for parameter in model.parameters():
             parameter.detach().fill_(float("nan") if parameter.requires_grad else 0)
 
-    monkeypatch.setattr(trainer._StopOnSignal, "on_step_end", damage)
+    monkeypatch.setattr(trainer.StopOnSignal, "on_step_end", damage)
     for problem, command in (
         ("A weight is not finite", lambda: train(settings(max_steps=1))),
         ("The held-out loss is nan", lambda: resume("reviews")),

@@ -1,0 +1,188 @@
+"""Held-out figures of a run on preferences: accuracy and margin of base and adapter, with errors."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import evaluation
+from ..adapters.manifest import EvalResult
+from ..adapters.preference_info import PairedFigure, PairsByLength, PreferenceInfo
+from ..evaluation import HeldOutLoss
+from .reference import measure_reference
+from .setup import TrainingSetup
+
+Values = npt.NDArray[np.float64]
+Estimate = Callable[[Values], tuple[float, float | None]]  # mean and standard error
+CLEAR_LOSS = 0.02  # share of the loss before by which that of chosen answers may rise without a warning
+
+
+@dataclass(frozen=True)
+class HeldOutSides:
+    """Losses of both sides of held-out preferences: of pairs row by row, of KTO those of desired and
+    of undesired answers."""
+
+    chosen: HeldOutLoss
+    rejected: HeldOutLoss
+
+
+def measure_before(setup: TrainingSetup, base_chosen: HeldOutLoss) -> tuple[HeldOutSides, HeldOutSides]:
+    """Measure held-out preferences before the first step: of the base, and of the reference.
+
+    Args:
+        base_chosen: losses of `setup.held_out` on the base.
+    """
+    with setup.model.disable_adapter():
+        rejected = evaluation.measure_base_loss(setup.base, setup.rejected, setup.notify)
+    base = HeldOutSides(base_chosen, rejected)
+    if setup.parent is None or setup.objective is None or setup.objective.name == "orpo":
+        return base, base
+    chosen, rejected = (measure_reference(setup, rows) for rows in (setup.held_out, setup.rejected))
+    return base, HeldOutSides(chosen, rejected)
+
+
+def measure_after(
+    setup: TrainingSetup, before: tuple[HeldOutSides, HeldOutSides], chosen: HeldOutLoss
+) -> PreferenceInfo:
+    """Measure the rejected answers after the last step, and compare with before.
+
+    Args:
+        before: that of `measure_before`.
+        chosen: losses of `setup.held_out` after the last step.
+    """
+    rejected = evaluation.measure_loss(setup.model, setup.base, setup.rejected, setup.notify)
+    return compare_sides(setup, *before, HeldOutSides(chosen, rejected))
+
+
+def compare_sides(
+    setup: TrainingSetup, base: HeldOutSides, reference: HeldOutSides, adapter: HeldOutSides
+) -> PreferenceInfo:
+    """Compute the figures of a manifest from the losses of base, reference and adapter."""
+    objective = setup.objective
+    assert objective is not None
+    is_kto = objective.name == "kto"
+    groups = np.array([]) if is_kto else _groups(setup)
+    estimate: Estimate = _two_sample_mean if is_kto else (lambda values: grouped_mean(values, groups))
+    before, after = (_differences(_mean_logps(sides), is_kto) for sides in (base, adapter))
+    wins = _wins(before), _wins(after)
+    rewards = None
+    if objective.name != "orpo":
+        sums = [
+            np.array(start.nll) - np.array(end.nll)
+            for start, end in ((reference.chosen, adapter.chosen), (reference.rejected, adapter.rejected))
+        ]
+        rewards = estimate(_wins(_differences((sums[0], sums[1]), is_kto)))
+    prompts = len(np.unique(groups))
+    lengths = np.array(base.chosen.predictions[: len(groups)]) - np.array(
+        base.rejected.predictions[: len(groups)]
+    )
+    return PreferenceInfo(
+        objective=objective.name,
+        beta=objective.beta,
+        reference=None if objective.name == "orpo" else "parent" if setup.parent else "base",
+        weights=objective.weights if is_kto else None,
+        rows=len(setup.held_out),
+        undesired=len(setup.rejected) if is_kto else None,
+        groups=prompts if 0 < prompts < len(groups) else None,
+        accuracy=_paired(wins[0], wins[1], estimate),
+        margin=_paired(before, after, estimate),
+        reward_accuracy=rewards[0] if rewards else None,
+        reward_error=rewards[1] if rewards else None,
+        shorter=_by_length(wins, groups, lengths < 0),
+        longer=_by_length(wins, groups, lengths > 0),
+    )
+
+
+def preference_advice(info: PreferenceInfo, result: EvalResult, rate: float) -> str | None:
+    """Return what was wrong and what to try; None if the run went well.
+
+    Args:
+        result: loss of reference and adapter on the chosen answers.
+        rate: the peak learning rate.
+    """
+    change, error = info.accuracy.change, info.accuracy.change_error or 0.0
+    if -result.gain > max(2 * (result.standard_error or 0.0), CLEAR_LOSS * result.base_loss):
+        return (
+            "The chosen answers themselves have become less likely: their held-out loss is "
+            f"{result.base_loss:.3f} -> {result.loss:.3f}. "
+            f"Try a lower learning rate than {rate:g}, such as {rate / 3:.1g} (--learning-rate), fewer steps, a higher "
+            "--beta, or --objective orpo."
+        )
+    if change <= 2 * error:
+        return (
+            f"The held-out preference accuracy has not risen beyond its error ({info.accuracy.format_change()}): try "
+            f"more steps, or a higher learning rate than {rate:g}, such as {3 * rate:.1g} (--learning-rate)."
+        )
+    return None
+
+
+def grouped_mean(values: Values, groups: npt.NDArray[np.int64]) -> tuple[float, float | None]:
+    """Mean and its standard error over groups, whose values are not independent; None for one group."""
+    mean = float(values.mean())
+    sums = np.bincount(groups, values - mean)
+    count = len(sums)
+    if count < 2:
+        return mean, None
+    return mean, float(np.sqrt((sums**2).sum() * count / (count - 1)) / len(values))
+
+
+def _two_sample_mean(values: Values) -> tuple[float, float | None]:
+    """Mean of a comparison of each desired answer with each undesired one, (desired, undesired), and
+    its standard error (DeLong et al., 1988)."""
+    parts = values.mean(1), values.mean(0)
+    if min(map(len, parts)) < 2:
+        return float(values.mean()), None
+    return float(values.mean()), float(np.sqrt(sum(part.var(ddof=1) / len(part) for part in parts)))
+
+
+def _paired(base: Values, adapter: Values, estimate: Estimate) -> PairedFigure:
+    (before, before_error), (after, error) = estimate(base), estimate(adapter)
+    change, change_error = estimate(adapter - base)
+    return PairedFigure(
+        base=before, base_error=before_error, adapter=after, error=error, change=change, change_error=change_error
+    )
+
+
+def _by_length(
+    wins: Sequence[Values], groups: npt.NDArray[np.int64], chosen: npt.NDArray[np.bool_]
+) -> PairsByLength | None:
+    """Accuracy on some of the pairs; None without one, and of KTO, which has no pairs."""
+    if not chosen.any():
+        return None
+    _, own_groups = np.unique(groups[chosen], return_inverse=True)
+    base, adapter = (values[chosen] for values in wins)
+    accuracy = _paired(base, adapter, lambda values: grouped_mean(values, own_groups))
+    return PairsByLength(pairs=int(chosen.sum()), accuracy=accuracy)
+
+
+def _groups(setup: TrainingSetup) -> npt.NDArray[np.int64]:
+    """Number of the group of each held-out pair: its own, if rows are grouped, else its prompt."""
+    if groups := setup.dataset.groups_of(setup.measured_texts):
+        return np.unique(groups, return_inverse=True)[1]
+    prompts: dict[bytes, int] = {}
+    numbers = []
+    for index, row in enumerate(setup.held_out):
+        start = int((row >= 0).argmax())
+        prompt = row[:start].tobytes() if start else str(index).encode()  # without a prompt each is its own
+        numbers.append(prompts.setdefault(prompt, len(prompts)))
+    return np.array(numbers)
+
+
+def _mean_logps(sides: HeldOutSides) -> tuple[Values, Values]:
+    """Mean log-probability per token of each answer, in nats."""
+    chosen, rejected = (
+        -np.array(side.nll) / np.array(side.predictions) for side in (sides.chosen, sides.rejected)
+    )
+    return chosen, rejected
+
+
+def _differences(sides: tuple[Values, Values], is_kto: bool) -> Values:
+    """Chosen less rejected: (pairs,), and of KTO of each with each, (desired, undesired)."""
+    chosen, rejected = sides
+    return chosen[:, None] - rejected if is_kto else chosen - rejected
+
+
+def _wins(differences: Values) -> Values:
+    """1 where the chosen answer is preferred, 0 where the other one is, 0.5 where none is."""
+    return np.where(differences == 0, 0.5, differences > 0).astype(np.float64)
