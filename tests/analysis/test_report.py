@@ -33,7 +33,7 @@ from lora_tuner.analysis.report import keep_report, make_report, sections
 from lora_tuner.analysis.report_page import is_report_page, render_page
 from lora_tuner.analysis.report_time import Pace, estimate_seconds
 from lora_tuner.analysis.subject import generate_cached, load_subject
-from lora_tuner.data import general_text, tokenization
+from lora_tuner.data import chat, general_text, tokenization
 from lora_tuner.errors import AdapterError, Progress, ignore_events
 from lora_tuner.inference.batch import GenerationEngine
 from lora_tuner.training.trainer import LoraTrainer
@@ -85,6 +85,26 @@ def test_training_rows_are_those_of_the_steps(settings, tmp_path, monkeypatch, w
     seen = {next(text for piece, text in owners.items() if tuple(row[: len(piece)]) == piece) for row in trained}
     assert seen == {*found.train_texts}
     assert len(found.train_texts) < adapter.manifest.data.counts["train"]
+    assert not {*found.train_texts} & {*found.held_out.texts}
+
+
+@pytest.mark.parametrize("objective", ["orpo", pytest.param("kto", marks=pytest.mark.slow)])
+def test_training_rows_of_preferences_are_known(settings, tmp_path, objective):
+    texts = tiny_models.reviews(40)
+    rows = [{"prompt": f"film {n}", "chosen": text, "rejected": "a plot"} for n, text in enumerate(texts)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {
+        "dataset": "pairs.jsonl",
+        "objective": objective,
+        "max_length": 32,
+        "max_steps": 4,
+        "batch_size": 1,
+    }
+    found = read_subject(train(settings(**changes), None))
+    assert found.train_missing is None
+    read = [chat.decode_row(text)["completion"] for text in (*found.train_texts, *found.held_out.texts)]
+    assert {*read} < {*texts}
+    assert len(found.train_texts) > 2
     assert not {*found.train_texts} & {*found.held_out.texts}
 
 
