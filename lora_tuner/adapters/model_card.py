@@ -152,7 +152,7 @@ def _describe_training(manifest: Manifest) -> str:
         return "Its training data is not known."
     count = f"{data.counts['train']:,} " if data.counts.get("train") else ""
     kind = f"{count}rows of text"
-    if data.format == "preferences":
+    if data.format.startswith("preferences"):
         kind = f"{count}preferences between answers"
     elif is_conversation(data.format):
         kind = f"the answers of {count}conversations"
@@ -267,7 +267,7 @@ def _format_source(source: SourceInfo) -> str:
 
 
 def _format_layout(data: DatasetInfo) -> str:
-    if data.format == "preferences":
+    if data.format.startswith("preferences"):
         return "preferences, of which the answers count"
     formats = data.format.split(" + ")
     if conversations := [name for name in formats if is_conversation(name)]:

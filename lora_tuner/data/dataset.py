@@ -12,9 +12,10 @@ import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from ..config import HELD_OUT, CleanMode, TrainConfig
+from ..config import HELD_OUT, TEXT_PREFERENCES, CleanMode, TrainConfig
 from ..errors import DataError, EventHandler, InvalidRowError, Notice, ignore_events
 from ..text import format_count, format_rows, format_share
+from .chat import is_chat
 from .held_out import choose_held_out, hold_out_blocks, order_held_out
 from .mixing import mix_lists
 from .near_duplicates import find_copies
@@ -246,6 +247,9 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
     if config.streaming:
         dataset.compared = ordered[: config.eval_rows]
     dataset.leave_out_copies(config, notify)
+    for source in sources:
+        if config.learns_preferences and not any(is_chat(first_side(row)) for row in source.train):
+            source.format = TEXT_PREFERENCES
     counts = dataset.counts
     if idle := [source for source in sources if not source.train and dataset.train]:
         raise DataError(

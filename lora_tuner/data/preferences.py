@@ -98,7 +98,7 @@ def first_rows(rows: Iterable[str], count: int) -> list[str]:
 def invalid_rows(rows: Iterable[str], errors: InvalidRows) -> InvalidRows:
     """Return the rows of which a side has an error, with the first one."""
     found: InvalidRows = {}
-    for row in rows:
+    for row in rows if errors else ():
         reasons = [errors[side] for side in sides(row) if side in errors]
         if reasons:
             found[row] = reasons[0]

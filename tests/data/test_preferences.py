@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_tuner.config import TrainConfig
+from lora_tuner.config import TrainConfig, is_conversation
 from lora_tuner.data import chat, chat_template, preferences, tokenization
 from lora_tuner.data.readers import Table
 from lora_tuner.data.row_readers import PREFERENCES, Layout, text_reader
@@ -91,6 +91,8 @@ def test_common_beginning_ends_at_word(chosen, rejected, sides):
 def test_answers_without_prompt_are_texts(load):
     rows = [{"chosen": f"{n} {text}", "rejected": f"x{n} {text}"} for n, text in enumerate(TEXTS)]
     dataset = load("a.jsonl", jsonl(rows), objective="orpo", clean="lines")
+    assert not is_conversation(dataset.format)
+    assert is_conversation(load("b.jsonl", jsonl(PAIRS), objective="orpo").format)
     assert sorted(side for row in rows_of(dataset) for side in preferences.sides(row)) == sorted(
         text for row in rows for text in row.values()
     )
@@ -264,6 +266,16 @@ def test_copies_of_pairs_are_dropped(load):
         "a.jsonl", jsonl([*PAIRS, PAIRS[0], spaced, PAIRS[0] | {"rejected": "never"}]), objective="dpo"
     )
     assert (dataset.counts.duplicates, len(rows_of(dataset)) + dataset.counts.near_duplicates) == (2, 31)
+
+
+def test_near_copies_of_pairs_are_dropped(load):
+    texts = [" ".join(f"{word}{n * 7 % 11}{n}" for word in "abcdefghijklmnop") for n in range(60)]
+    rows = [{"prompt": prompt, "chosen": text, "rejected": "no"} for text in texts for prompt in ("so", "why")]
+    rows = [row | {"prompt": f"{row['prompt']} {number}"} for number, row in enumerate(rows)]
+    dataset = load("a.jsonl", jsonl(rows), objective="dpo")
+    assert dataset.counts.near_duplicates > 5
+    held_out = {chat.decode_row(text)["completion"] for text in dataset.held_out}
+    assert not held_out & {chat.decode_row(text)["chosen"] for text in dataset.train}
 
 
 def test_held_out_rows_are_chosen_answers(load):
