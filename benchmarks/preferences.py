@@ -92,7 +92,7 @@ def write_pairs(path: Path, count: int = PAIRS) -> Path:
 
 
 def _config(folder: str, data: Path, **settings: Any) -> TrainConfig:
-    common = {"dataset": str(data), "base": EMBEDDED_BASE, "max_length": 96, "eval_rows": HELD_OUT}
+    common = {"dataset": str(data), "base": EMBEDDED_BASE, "eval_rows": HELD_OUT}
     places = {"adapters_dir": f"{folder}/adapters", "runs_dir": f"{folder}/runs", "name": "pairs"}
     return TrainConfig.model_validate(common | places | {"overwrite": True} | settings)
 
