@@ -294,7 +294,7 @@ class TrainConfig(_Settings):
     long_rows: LongRows = _setting(
         "auto",
         "Rows over --max-length. truncate: drop the rest; chunk: train on the rest as further "
-        "rows; auto: chunk texts, truncate conversations.",
+        "rows; auto: chunk texts, truncate conversations; of a text with a label leave the middle out.",
         "Data",
     )
     packing: bool = _setting(
@@ -757,11 +757,22 @@ class TrainConfig(_Settings):
     def _check_streaming(cls, value: bool, info: ValidationInfo) -> bool:
         if value and info.data.get("max_rows") is not None:
             raise _contradiction("streaming cannot sample max_rows from all rows: give one of the two")
+        if value and info.data.get("label_column") is not None and not info.data.get("labels"):
+            raise _contradiction("streaming does not know the labels before it has read all rows: give labels")
         if value and info.data.get("balance"):
             raise _contradiction("streaming cannot count labels before it reads them: leave balance out")
         if value and info.data.get("txt_rows") == "file":
             raise _contradiction(
                 "streaming reads line by line, but txt_rows file needs whole files: give one of the two"
+            )
+        return value
+
+    @field_validator("long_rows")
+    @classmethod
+    def _check_long_rows(cls, value: str, info: ValidationInfo) -> str:
+        if value != "auto" and info.data.get("label_column") is not None:
+            raise _contradiction(
+                f"long_rows {value} would lose labels: with label_column the middle of a long text is left out"
             )
         return value
 

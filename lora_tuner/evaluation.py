@@ -313,9 +313,7 @@ def encode_measured(
         The token ids of each measured row, by the index of its text.
     """
     max_tokens = min(max_tokens, base.max_context)
-    rows = tokenization.truncate(
-        tokenization.encode_texts(base.tokenizer, texts, max_tokens=max_tokens, invalid=invalid), max_tokens
-    )
+    rows = tokenization.encode_truncated(base.tokenizer, texts, max_tokens, invalid)
     base.check_token_ids(rows, vocab_size)
     return {index: row for index, row in enumerate(rows) if tokenization.count_predictions(row)}
 

@@ -77,9 +77,7 @@ class OpeningLengths:
 def encode_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[TokenIds]:
     """Return the token ids of rows as training has them; empty for a conversation that the template
     cannot write."""
-    limit = HELD_OUT_MAX_TOKENS
-    encoded = tokenization.encode_texts(tokenizer, texts, max_tokens=limit, invalid={})
-    return tokenization.truncate(encoded, limit)
+    return tokenization.encode_truncated(tokenizer, texts, HELD_OUT_MAX_TOKENS, {})
 
 
 def take_turns(parts: Sequence[int], count: int) -> list[int]:

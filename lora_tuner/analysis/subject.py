@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import atomic_io, evaluation
 from ..adapters.adapter import RUN_FILE, Adapter, load_adapter_folder
 from ..config import HELD_OUT_MAX_TOKENS, ModelOptions, SamplingParams, TrainConfig
-from ..data import eval_sets, packing, preferences, tokenization
+from ..data import eval_sets, labels, packing, preferences, tokenization
 from ..data.dataset import Dataset, load_dataset
 from ..data.eval_sets import EvalSet
 from ..errors import DataError, EventHandler, LoraTunerError, Progress, ignore_events
@@ -113,17 +113,15 @@ def _seen_rows(
     rows: list[tokenization.TokenIds] = []
     owners: list[str] = []
     source_rows: list[int] = []
-    for source in dataset.sources:
+    for trained in labels.training_texts(config, [source.train for source in dataset.sources]):
         if config.learns_preferences:
-            pieces, _, kept = preferences.encode_rows(tokenizer, source.train, config.max_length, invalid)
+            pieces, _, kept = preferences.encode_rows(tokenizer, trained, config.max_length, invalid)
             rows += pieces
-            owners += [source.train[row] for row in kept for _ in range(config.sides_per_row)]
+            owners += [trained[row] for row in kept for _ in range(config.sides_per_row)]
             source_rows.append(len(pieces))
             continue
-        pieces, use = tokenization.encode_rows(
-            tokenizer, source.train, config.max_length, config.long_rows, invalid
-        )
-        texts = itertools.chain.from_iterable(map(itertools.repeat, source.train, use.row_pieces))
+        pieces, use = tokenization.encode_rows(tokenizer, trained, config.max_length, config.long_rows, invalid)
+        texts = itertools.chain.from_iterable(map(itertools.repeat, trained, use.row_pieces))
         is_learned = [tokenization.count_predictions(piece) > 0 for piece in pieces]
         rows += [piece for piece, learned in zip(pieces, is_learned, strict=True) if learned]
         owners += [text for text, learned in zip(texts, is_learned, strict=True) if learned]

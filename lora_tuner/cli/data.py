@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 DEFAULT_LOSS_ROWS = 200
 _LOSS_SETTINGS = ("device", "dtype", "load_in")
 # Settings of the panel Data that change nothing in a report.
-_NOT_HERE = ("dataset", "streaming", "shuffle_buffer", "packing", "eval_rows")
+_NOT_HERE = ("dataset", "streaming", "shuffle_buffer", "packing", "eval_rows", "balance")
 _SETTINGS = [
     name
     for name, field in TrainConfig.model_fields.items()

@@ -109,7 +109,8 @@ def _show_row(row: "PreviewedRow", config: TrainConfig, has_colours: bool) -> No
     use = "compared" if row.side else "trained on"
     details = [f"{format_count(len(row.tokens), 'token')}, {sum(row.labels)} {use} (others in brackets)"]
     if row.cut_tokens:
-        details.append(f"--max-length {config.max_length} cuts {row.cut_tokens:,} behind them")
+        place = "in the middle" if config.label_column else "behind them"
+        details.append(f"--max-length {config.max_length} cuts {row.cut_tokens:,} {place}")
     if row.pieces > 1:
         details.append(f"in {row.pieces} rows of at most --max-length {config.max_length}")
     if any("\ufffd" in token for token in row.tokens):

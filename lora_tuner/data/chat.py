@@ -134,9 +134,18 @@ def are_messages(values: list[object]) -> bool:
     )
 
 
-def encode_answer(text: str, span: tuple[int, int]) -> str:
-    """Return a plain text as a row of which only the characters of a span are learned, and the end."""
-    return to_row({"text": text, "answer": span})
+def encode_answer(text: str, span: tuple[int, int], *, keep: bool = False) -> str:
+    """Return a plain text as a row of which only the characters of a span are learned, and the end.
+
+    Args:
+        keep: The end is never cut off: of a long text the middle is left out, as where it has a label.
+    """
+    return to_row({"text": text, "answer": span} | ({"keep": True} if keep else {}))
+
+
+def keeps_answer(row: str) -> bool:
+    """Return whether the middle of a row is left out, not its end, if it is too long."""
+    return read_answer(row) is not None and bool(decode_row(row).get("keep"))
 
 
 def read_answer(row: str) -> tuple[str, tuple[int, int]] | None:

@@ -17,6 +17,7 @@ from ..errors import DataError, EventHandler, InvalidRowError, Notice, ignore_ev
 from ..text import format_count, format_rows, format_share
 from .chat import is_chat
 from .held_out import choose_held_out, hold_out_blocks, order_held_out
+from .labels import choose_labels
 from .mixing import mix_lists
 from .near_duplicates import find_copies
 from .preferences import first_side, learned_texts
@@ -57,6 +58,7 @@ class Dataset:
     )  # first dropped ones, each with its held-out row
     held_out_sources: dict[str, int] = field(default_factory=dict)
     held_out_groups: dict[str, bytes] = field(default_factory=dict)
+    labels: dict[str, int] = field(default_factory=dict)  # with the training rows of each, if labels are learned
 
     @property
     def train(self) -> list[str]:
@@ -110,6 +112,11 @@ class Dataset:
         numbers: dict[bytes, int] = {}
         groups = self.held_out_groups
         return [numbers.setdefault(groups[text], len(numbers)) for text in texts] if groups else []
+
+    @property
+    def label_template(self) -> str:
+        """Template of texts and their labels; "" without labels."""
+        return self.sources[0].template
 
     def _join(self, attribute: str) -> str:
         return " + ".join(dict.fromkeys(str(getattr(source, attribute)) for source in self.sources))
@@ -272,6 +279,8 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
             f"{counts.held_out} held out: at least one of each is needed, so add "
             f"{'groups' if groups else 'rows'}{advice}."
         )
+    if config.label_column is not None:
+        dataset.labels = choose_labels(config, dataset.description, dataset.train, dataset.held_out, notify)
     return dataset
 
 
@@ -298,7 +307,9 @@ def describe_data(dataset: Dataset, requested: TrainConfig, use: TextUse | None 
         shares = f"{format_share(use.share)} of the training text is used"
         if use.answer_share is not None:
             shares = f"{format_share(use.share)} of the tokens and {format_share(use.answer_share)} of the answers are used"
-        if use.truncated_rows:
+        if use.truncated_rows and dataset.labels:
+            shares += f", as the middle of {format_rows(use.truncated_rows)} over --max-length is left out"
+        elif use.truncated_rows:
             unit = "answer" if requested.learns_preferences else "row"
             shares += f", as --max-length truncates {format_count(use.truncated_rows, unit)}"
         parts.append(shares)

@@ -23,7 +23,7 @@ from .row_readers import (
     decode_messages,
     unreadable_columns,
 )
-from .row_template import parse_template
+from .row_template import RowTemplate, parse_template
 
 FORMATS = {  # value of the setting `format` -> as it is recorded and shown
     "text": "text",
@@ -63,6 +63,8 @@ def detect_layout(table: Table, config: TrainConfig, any_columns: bool) -> Layou
     """
     if config.learns_preferences:
         return _find_preferences(table, config)
+    if config.label_column is not None:
+        return _label_layout(table, config, config.label_column)
     if config.template is not None:
         try:
             template = parse_template(table, config.template, config.answer_column)
@@ -99,6 +101,32 @@ def detect_layout(table: Table, config: TrainConfig, any_columns: bool) -> Layou
     if not chosen:
         _refuse_preferences(table)
     return Layout("text", _find_text_column(table, rows, asks_format=not chosen))
+
+
+def _label_layout(table: Table, config: TrainConfig, label_column: str) -> Layout:
+    """Return the layout of texts with labels: those in --template, else a text column and below it the label."""
+    if table.is_plain_text:
+        raise DataError(f"{table.source} is plain text without columns: --label-column needs a table.")
+    column = table.find_column(label_column, ", which --label-column names")
+    if config.template is not None:
+        pieces = parse_template(table, config.template, None).pieces
+        columns = [name for _, name in pieces if name]
+        if pieces[-1] != ("", column) or columns.count(column) > 1 or len(columns) < 2 or not pieces[-2][0]:
+            raise DataError(
+                f"--template must have a column of text, and end with some words and {{{column}}}, the label, which "
+                "is in it only once."
+            )
+    else:
+        others = [name for name in table.columns if name != column]
+        rest = replace(
+            table, columns=others, text_columns=[name for name in table.text_columns if name in others]
+        )
+        text_config = config.model_copy(update={"label_column": None, "format": "text"})
+        text_column = detect_layout(rest, text_config, any_columns=True).column
+        if any(mark in text_column + column for mark in "{}"):
+            raise DataError(f"{table.source}: the name of a column has a brace: rename it, or use --template.")
+        pieces = (("", text_column), (f"\n\n{label_column[:1].upper()}{label_column[1:]}: ", ""), ("", column))
+    return Layout("template", template=RowTemplate(pieces, column), has_labels=True)
 
 
 def common_format(source: str, tables: Sequence[Table], layouts: Sequence[Layout]) -> str:

@@ -4,11 +4,11 @@ import ast
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from ..config import CleanMode, TrainConfig
+from ..config import MAX_LABEL_CHARS, CleanMode, TrainConfig
 from ..errors import DataError, InvalidRowError
 from . import chat, preferences
 from .cleaning import clean_message, clean_text
@@ -23,6 +23,7 @@ UNREADABLE = (
     *("context", "documents", "chat_template_kwargs", "input", "history"),
 )
 PREFERENCES = "preferences"  # a format, as it is recorded and shown
+_WHOLE = re.compile(r"(?<=\d)(\.0+|[T ]00:00:00(\.0+)?)")  # end of a number or a day, as some tools write it
 # Numpy has no commas in arrays, and writes one within an object as `array([...], dtype=object)`.
 _OF_ARRAY = re.compile(
     r"""(?P<text>'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+")"""
@@ -44,6 +45,7 @@ class Layout:
         unread: Columns with text that may belong to a conversation and are not read.
         other: Value of the setting `format` that reads the columns in `unread`, if one does.
         template: The template that makes the text, for the format "template".
+        has_labels: The answer in the template is a label.
     """
 
     format: str
@@ -54,8 +56,12 @@ class Layout:
     unread: tuple[str, ...] = ()
     other: str = ""
     template: RowTemplate | None = None
+    has_labels: bool = False
 
     def __str__(self) -> str:
+        if self.template is not None and self.has_labels:
+            texts = [name for name in self.template.columns if name != self.template.answer]
+            return f"label '{self.template.answer}' of {', '.join(map(repr, texts))}"
         if self.template is not None:
             answer = f", of which '{self.template.answer}' alone is learned" if self.template.answer else ""
             return f"template of {', '.join(map(repr, self.template.columns))}{answer}"
@@ -76,7 +82,7 @@ def text_reader(
 ) -> Callable[[Row], tuple[str, str]]:
     """Return a function from a row to its text before and after cleaning; "" if it has none."""
     if layout.template is not None:
-        return partial(_fill_template, table, layout.template, mode)
+        return partial(_fill_template, table, layout, layout.template, config, mode)
     if layout.format == PREFERENCES:
         return partial(_read_preference, layout, partial(clean_message, mode=mode))
     if layout.format != "text":
@@ -101,27 +107,63 @@ def text_reader(
     return read_text
 
 
-def _fill_template(table: Table, template: RowTemplate, mode: CleanMode, row: Row) -> tuple[str, str]:
-    """Return the text of a template before and after its values are cleaned; "" without a value."""
-    values = {name: _read_value(table, row, name) for name in template.columns}
+def _fill_template(
+    table: Table, layout: Layout, template: RowTemplate, config: TrainConfig, mode: CleanMode, row: Row
+) -> tuple[str, str]:
+    """Return the text of a template before and after its values are cleaned; "" without a value, or
+    without a text beside the label."""
+    names = [name for name in template.columns if not (layout.has_labels and name == template.answer)]
+    values = {name: read_value(table, row, name) for name in names}
     cleaned = {name: clean_text(value, mode) if value else "" for name, value in values.items()}
     if not any(cleaned.values()):
         return "", ""
+    if layout.has_labels:
+        values[template.answer] = cleaned[template.answer] = _read_label(table, row, template.answer, config)
     text = template.fill(cleaned)
     if template.answer:
         if not cleaned[template.answer]:
             raise InvalidRowError(f"nothing in the answer column '{template.answer}'")
-        text = chat.encode_answer(text, template.answer_span(cleaned))
+        text = chat.encode_answer(text, template.answer_span(cleaned), keep=layout.has_labels)
     return template.fill(values), text
 
 
-def _read_value(table: Table, row: Row, column: str) -> str:
+def _read_label(table: Table, row: Row, column: str, config: TrainConfig) -> str:
+    """Return the name of a row's label: that of --label-names, else of the class, else the value."""
+    names, value = config.label_name_of, row.get(column)
+    plain = value_name(value, [])
+    label = names.get(plain) or value_name(value, table.label_names.get(column, []))
+    label = names.get(label, label)
+    if not label:
+        raise InvalidRowError(f"no label in '{column}'")
+    if isinstance(value, list | dict) or len(label) > MAX_LABEL_CHARS:
+        raise InvalidRowError(f"a label of over {MAX_LABEL_CHARS} characters, or a list, in '{column}'")
+    if config.labels and label not in config.labels:
+        raise InvalidRowError("a label that --labels does not name", repr(label))
+    return label
+
+
+def read_value(table: Table, row: Row, column: str) -> str:
     """Return the text of a column; of class labels the name, "" for none."""
     value = row.get(column)
     if column in table.label_names and isinstance(value, int):
         names = table.label_names[column]
         return names[value] if 0 <= value < len(names) else ""
     return _read_text(row, column)
+
+
+def value_name(value: object, label_names: Sequence[str]) -> str:
+    """Return the name of a group or label, "" for no value: the same one from a file of any type."""
+    if label_names and isinstance(value, int):
+        value = label_names[value] if 0 <= value < len(label_names) else None
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, list | dict):
+        return json.dumps(chat.json_value(value), ensure_ascii=False) if value else ""
+    text = " ".join(str(value).split())
+    whole = _WHOLE.search(text)
+    if whole and whole.end() == len(text):
+        return text[: whole.start()]
+    return text.lower() if text.lower() in ("true", "false") else text
 
 
 def _read_text(row: Row, column: str) -> str:

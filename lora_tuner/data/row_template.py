@@ -64,6 +64,13 @@ class RowTemplate:
     def fill(self, values: Mapping[str, str]) -> str:
         return "".join(text or values[column] for text, column in self.pieces if text or column)
 
+    def to_text(self) -> str:
+        """Return the template as `read_template` takes it."""
+        return "".join(
+            text.replace("\\", r"\\").replace("{", "{{").replace("}", "}}") or f"{{{column}}}"
+            for text, column in self.pieces
+        )
+
     def answer_span(self, values: Mapping[str, str]) -> tuple[int, int]:
         """Return start and end of the answer, in characters of the filled template."""
         columns = [column for _, column in self.pieces]
@@ -100,6 +107,18 @@ def question_form(template: str, answer: str | None) -> str:
     ends = [match for match in columns if match[1] == answer] or columns[-1:]
     before = template[: ends[0].start()] if ends else template
     return _PIECE.sub(lambda match: "..." if match[1] else match[0][0], before).rstrip(" ")
+
+
+def read_template(text: str, answer: str) -> RowTemplate:
+    """Return a template that was recorded, such as that of `RowTemplate.to_text`."""
+    text, end = unescape(text), 0
+    pieces: list[tuple[str, str]] = []
+    for match in _PIECE.finditer(text):
+        column = match[1] or ""
+        pieces += [(text[end : match.start()], ""), ("" if column else _double_braces(match[0]), column)]
+        end = match.end()
+    pieces.append((text[end:], ""))
+    return RowTemplate(tuple(piece for piece in pieces if any(piece)), answer)
 
 
 def parse_template(table: Table, text: str, answer: str | None) -> RowTemplate:

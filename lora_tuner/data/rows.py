@@ -2,11 +2,8 @@
 
 import contextlib
 import itertools
-import json
-import math
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
@@ -15,13 +12,13 @@ import datasets
 from ..config import CleanMode, TrainConfig, is_conversation
 from ..errors import DataError, EventHandler, InvalidRowError, Notice, ignore_events
 from ..text import format_counts, format_names, format_rows
-from . import chat, chat_template, preferences
+from . import chat, chat_template, labels, preferences
 from .cleaning import are_structured, clean_text, has_line_breaks
 from .columns import match_column
 from .documents import UnreadableRow
 from .formats import common_format, describe_choice, detect_layout, have_columns
 from .readers import Row, Table, parse_conditions
-from .row_readers import PREFERENCES, Layout, text_reader
+from .row_readers import PREFERENCES, Layout, text_reader, value_name
 from .sources import open_source
 from .splitting import group_hash, row_hash
 
@@ -29,7 +26,6 @@ MAX_REASONS = 8  # reasons for invalid rows that a notice names
 MIN_ROWS_TO_STOP = 100  # rows of a stream before too many invalid ones stop it
 _SAMPLED_TEXTS = 200  # texts that determine how all are cleaned
 FILE_GROUP = "file"  # a `group_by` that every local file has
-_WHOLE = re.compile(r"(?<=\d)(\.0+|[T ]00:00:00(\.0+)?)")  # end of a number or a day, as some tools write it
 _VALUES_LIMIT = 100_000  # rows that are searched for the values of a column
 
 
@@ -85,6 +81,7 @@ class Source:
     description: str = ""
     format: str = "text"  # or a layout of conversations, such as "messages"
     layout: str = ""
+    template: str = ""  # of texts and their labels
     clean: CleanMode | None = "full"
     counts: RowCounts = field(default_factory=RowCounts)
     train: list[str] = field(default_factory=list)
@@ -149,6 +146,7 @@ def iter_rows(
     layouts = [detect_layout(table, config, any_columns) for table in tables]
     source.format = common_format(source.description, tables, layouts)
     source.layout = ", ".join(dict.fromkeys(map(str, layouts)))
+    source.template = next((each.template.to_text() for each in layouts if each.template and each.has_labels), "")
     if choice := describe_choice(layouts):
         notify(Notice(choice))
     mode = _choose_clean(tables, layouts, source, config, notify) if config.clean == "auto" else config.clean
@@ -207,6 +205,8 @@ def iter_rows(
                     with contextlib.suppress(InvalidRowError):
                         canonical = read_canonical(row)[1] or text
                 side = digest = row_hash(canonical, config.split_salt)
+                if config.label_column is not None:  # a text with another label is on the same side
+                    side = row_hash(labels.split_label(canonical)[0], config.split_salt)
                 if group:
                     side = group_hash(group, config.split_salt)
                 elif preferences.is_preference(text):
@@ -237,7 +237,7 @@ def _group_reader(
     if match_column(wanted, table.columns) and not is_file:
         column = table.find_column(wanted)
         names = table.label_names.get(column, [])
-        return lambda row: _group_name(row.get(column), names)
+        return lambda row: value_name(row.get(column), names)
     if is_file and os.path.lexists(table.source):
         folder = os.path.expanduser(source)
         name = os.path.relpath(table.source, folder) if os.path.isdir(folder) else os.path.basename(table.source)
@@ -245,21 +245,6 @@ def _group_reader(
     if table.is_plain_text and any_columns:
         return lambda row: ""
     raise table.missing_column(wanted, " to group rows by")
-
-
-def _group_name(value: object, label_names: Sequence[str]) -> str:
-    """Return the name of a group, "" for no value: the same one from a file of any type."""
-    if label_names and isinstance(value, int):
-        value = label_names[value] if 0 <= value < len(label_names) else None
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, list | dict):
-        return json.dumps(chat.json_value(value), ensure_ascii=False) if value else ""
-    text = " ".join(str(value).split())
-    whole = _WHOLE.search(text)
-    if whole and whole.end() == len(text):
-        return text[: whole.start()]
-    return text.lower() if text.lower() in ("true", "false") else text
 
 
 def _choose_clean(

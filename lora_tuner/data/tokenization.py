@@ -118,6 +118,8 @@ def _encode_chat(
         )
     max_chars = max_tokens * MAX_TOKEN_CHARS if max_tokens is not None else None
     if (answer := chat.read_answer(text)) is not None:
+        if chat.keeps_answer(text):
+            answer = _leave_out_chars(*answer, max_chars)
         return _encode_answer(tokenizer, *answer, max_chars)
     try:
         rendered = chat_template.render_with_spans(tokenizer, text, max_chars)
@@ -168,6 +170,19 @@ def _encode_answer(
     return np.concatenate([_mask_labels(row, offsets, spans), np.array(end, dtype=np.int32)])
 
 
+def _leave_out_chars(text: str, span: tuple[int, int], max_chars: int | None) -> tuple[str, tuple[int, int]]:
+    """Return a text without the middle of what is too long to be tokenized, and the span in it."""
+    excess = max(len(text) - (max_chars or len(text)), 0)
+    half = (len(text) - excess) // 2
+    return text[:half] + text[half + excess :], (span[0] - excess, span[1] - excess)
+
+
+def leave_out_middle(row: TokenIds, max_length: int) -> TokenIds:
+    """Return the first and last tokens of a row, `max_length` in all."""
+    half = max_length // 2
+    return row if len(row) <= max_length else np.concatenate([row[:half], row[half - max_length :]])
+
+
 def token_ids(row: TokenIds) -> TokenIds:
     """Return the token ids of a row with and without labels."""
     return np.where(row < 0, ~row, row)
@@ -191,7 +206,7 @@ class TextUse:
     """Tokens of the training rows, and those of them that are trained on; the same of answers.
 
     Attributes:
-        truncated_rows: Rows that have lost their end.
+        truncated_rows: Rows that have lost their end; of those with a label the middle.
         skipped_rows: Rows of which nothing is left to learn.
         answer_tokens: Tokens of the answers in conversations.
         row_tokens: Tokens of each row; 0 for a conversation that is left out.
@@ -258,6 +273,10 @@ def encode_rows(
         total = len(row)
         if len(head) == len(text) and len(row) <= max_length:
             pieces = [row]
+        elif is_chat and chat.keeps_answer(text):
+            pieces = [leave_out_middle(row, max_length)]
+            total = int(total * max(1.0, len(text) / clip))
+            use.truncated_rows += 1
         elif chunk_texts and not is_chat:
             pieces = list(_chunk_text(tokenizer, text, max_length))
             total = sum(map(len, pieces))
@@ -294,6 +313,20 @@ def truncate(rows: Sequence[TokenIds], max_length: int, *, chunk: bool = False) 
         starts = range(0, len(row), max_length) if chunk else (0,)
         pieces.extend(row[start : start + max_length] for start in starts if start == 0 or len(row) - start > 1)
     return pieces
+
+
+def encode_truncated(
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Sequence[str],
+    max_length: int,
+    invalid: InvalidRows | None = None,
+) -> list[TokenIds]:
+    """`encode_texts`, truncated to `max_length` tokens; of a text with a label without its middle."""
+    rows = encode_texts(tokenizer, texts, max_tokens=max_length, invalid=invalid)
+    return [
+        leave_out_middle(row, max_length) if chat.keeps_answer(text) else row[:max_length]
+        for text, row in zip(texts, rows, strict=True)
+    ]
 
 
 def _chunk_text(tokenizer: "PreTrainedTokenizerBase", text: str, max_length: int) -> Iterator[TokenIds]:
@@ -364,9 +397,3 @@ def _find_cut(text: str, offsets: npt.NDArray[np.int64], first: int, limit: int)
     while cut > first + 2 and offsets[cut, 0] < ends[cut - 1]:  # inside a character
         cut -= 1
     return cut
-
-
-def probe_sequences(vocab_size: int) -> tuple[TokenIds, TokenIds]:
-    """Return two rows of 16 tokens from the middle of the vocabulary, without special tokens."""
-    ids = np.arange(vocab_size // 2 - 8, vocab_size // 2 + 8, dtype=np.int32)
-    return ids, ids[::-1].copy()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
+import numpy as np
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -64,8 +65,10 @@ class LoadedBase(TokenizedBase):
         return size if isinstance(size, int) else None
 
     def probe_sequences(self) -> tuple[TokenIds, TokenIds]:
-        """Two rows of token ids that both the tokenizer and the embeddings have."""
-        return tokenization.probe_sequences(min(len(self.tokenizer), self.vocab_size))
+        """Two rows of 16 tokens from the middle of the vocabulary that tokenizer and embeddings have."""
+        middle = min(len(self.tokenizer), self.vocab_size) // 2
+        ids = np.arange(middle - 8, middle + 8, dtype=np.int32)
+        return ids, ids[::-1].copy()
 
     def check_token_ids(self, rows: Iterable[TokenIds], vocab_size: int = 0) -> None:
         """Raise BaseModelError for a token that the embeddings have no row for.

@@ -134,8 +134,7 @@ def make_preview(requested: TrainConfig, count: int, notify: EventHandler = igno
 def _held_out_prompts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], data_format: str) -> list[str]:
     """Return the prompts that a run takes from the held-out rows which it measures."""
     most = HELD_OUT_MAX_TOKENS
-    rows = tokenization.encode_texts(tokenizer, texts, max_tokens=most, invalid={})
-    pairs = zip(texts, tokenization.truncate(rows, most), strict=True)
+    pairs = zip(texts, tokenization.encode_truncated(tokenizer, texts, most, {}), strict=True)
     measured = [text for text, row in pairs if tokenization.count_predictions(row)]
     return held_out_prompts(measured, conversations=is_conversation(data_format))
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from .. import distributed, evaluation
 from ..config import HELD_OUT_MAX_TOKENS, TrainConfig
-from ..data import chat_template, packing, preferences, tokenization
+from ..data import chat_template, labels, packing, preferences, tokenization
 from ..data.dataset import Dataset, describe_data
 from ..errors import EventHandler, Notice, Progress, TrainingError
 from ..models import added_tokens
@@ -140,16 +140,14 @@ def _tokenize(
         list[list[tokenization.TokenIds]], list[bool], tokenization.TextUse, tokenization.InvalidRows
     ]:
         use, rows, desired = tokenization.TextUse(), list[list[tokenization.TokenIds]](), list[bool]()
-        for source in dataset.sources:
+        for texts in labels.training_texts(requested, [source.train for source in dataset.sources]):
             if requested.learns_preferences:
-                encoded, source_use, kept = preferences.encode_rows(
-                    base.tokenizer, source.train, max_length, invalid
-                )
+                encoded, source_use, kept = preferences.encode_rows(base.tokenizer, texts, max_length, invalid)
                 if requested.objective == "kto":
-                    desired += [preferences.is_desired(source.train[index]) for index in kept]
+                    desired += [preferences.is_desired(texts[index]) for index in kept]
             else:
                 encoded, source_use = tokenization.encode_rows(
-                    base.tokenizer, source.train, max_length, requested.long_rows, invalid
+                    base.tokenizer, texts, max_length, requested.long_rows, invalid
                 )
             rows.append(encoded)
             use += source_use

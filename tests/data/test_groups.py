@@ -17,7 +17,8 @@ from lora_tuner.data import folders
 from lora_tuner.data.dataset import load_dataset
 from lora_tuner.data.mixing import mix, mix_lists
 from lora_tuner.data.packing import PackedSequences
-from lora_tuner.data.rows import Source, _group_name, iter_rows
+from lora_tuner.data.row_readers import value_name
+from lora_tuner.data.rows import Source, iter_rows
 from lora_tuner.data.streaming import StreamingDataset, StreamState
 from lora_tuner.data.tokenization import encode_rows
 from lora_tuner.errors import ConfigError, DataError
@@ -140,11 +141,11 @@ def test_group_is_same_in_each_file_type(tmp_path):
     ],
 )
 def test_group_name_is_plain(value, name):
-    assert _group_name(value, []) == name
+    assert value_name(value, []) == name
 
 
 def test_class_label_groups_by_name():
-    assert [_group_name(value, ["ann", "bob"]) for value in (1, -1, None)] == ["bob", "", ""]
+    assert [value_name(value, ["ann", "bob"]) for value in (1, -1, None)] == ["bob", "", ""]
 
 
 def test_group_of_eval_dataset_is_not_trained():
