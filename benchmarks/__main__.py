@@ -24,6 +24,7 @@ from . import (
     doublings,
     generation,
     growth,
+    labels,
     larger,
     methods,
     near_duplicates,
@@ -60,6 +61,7 @@ PARTS = {
     "doublings": doublings.run,
     "preferences": preferences.run,
     "preference_rates": preferences.rates,
+    "labels": labels.run,
     "vllm": serving.beside_vllm,
 }
 STUDIES = (
@@ -78,6 +80,7 @@ STUDIES = (
     "doublings",
     "preferences",
     "preference_rates",
+    "labels",
     "vllm",
 )  # slow, so they run only when named
 PACKAGES = ("lora_tuner", "torch", "transformers", "peft", "trl", "xllamacpp")

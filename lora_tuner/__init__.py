@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .data.eval_sets import EvalSet
     from .errors import Interrupted, LoraTunerError, Notice, Progress
     from .evaluation import GainMatrix, evaluate
+    from .inference.classification import Classification, classify
     from .inference.generator import GenerationOutput, Generator
     from .training.profiling import RunEstimate
     from .training.run import plan, resume, train
@@ -38,6 +39,7 @@ except PackageNotFoundError:  # a checkout that is not installed
 _HOMES = {  # public name -> module that defines it
     "Adapter": "adapters.adapter",
     "BlendResult": "convert.blend",
+    "Classification": "inference.classification",
     "CompressResult": "convert.compress",
     "EvalSet": "data.eval_sets",
     "GainMatrix": "evaluation",
@@ -59,6 +61,7 @@ _HOMES = {  # public name -> module that defines it
     "SweepResult": "training.sweep_result",
     "TrainConfig": "config",
     "blend": "convert.blend",
+    "classify": "inference.classification",
     "compress": "convert.compress",
     "evaluate": "evaluation",
     "export_model": "convert.export_model",
@@ -78,6 +81,7 @@ _HOMES = {  # public name -> module that defines it
 __all__ = [
     "Adapter",
     "BlendResult",
+    "Classification",
     "CompressResult",
     "EvalSet",
     "GainMatrix",
@@ -99,6 +103,7 @@ __all__ = [
     "SweepResult",
     "TrainConfig",
     "blend",
+    "classify",
     "compress",
     "evaluate",
     "export_model",

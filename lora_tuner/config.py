@@ -757,10 +757,10 @@ class TrainConfig(_Settings):
     def _check_streaming(cls, value: bool, info: ValidationInfo) -> bool:
         if value and info.data.get("max_rows") is not None:
             raise _contradiction("streaming cannot sample max_rows from all rows: give one of the two")
-        if value and info.data.get("label_column") is not None and not info.data.get("labels"):
-            raise _contradiction("streaming does not know the labels before it has read all rows: give labels")
         if value and info.data.get("balance"):
             raise _contradiction("streaming cannot count labels before it reads them: leave balance out")
+        if value and info.data.get("label_column") is not None and not info.data.get("labels"):
+            raise _contradiction("streaming does not know the labels before it has read all rows: give labels")
         if value and info.data.get("txt_rows") == "file":
             raise _contradiction(
                 "streaming reads line by line, but txt_rows file needs whole files: give one of the two"

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from lora_tuner import atomic_io
 from lora_tuner.adapters import adapter
 from lora_tuner.adapters.adapter import Adapter
+from lora_tuner.adapters.label_info import LabelInfo
 from lora_tuner.adapters.manifest import Manifest, WeightsInfo
 
 MODULES = ("transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn")
@@ -123,6 +124,20 @@ def manifest(**changes: Any) -> Manifest:
                 "tokens": 40_000,
             },
             "versions": {"torch": "2.13.0"},
+        }
+        | changes
+    )
+
+
+def labels(**changes: Any) -> LabelInfo:
+    return LabelInfo.model_validate(
+        {
+            "column": "label",
+            "names": ["bad", "good"],
+            "counts": [40, 60],
+            "template": "{text}\n\nLabel: {label}",
+            "max_length": 64,
+            "clean": "full",
         }
         | changes
     )

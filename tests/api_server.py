@@ -33,7 +33,7 @@ KEY = "a key of the tests"
 HOSTILE = '<img src="http://elsewhere.example/x.png" onerror="window.run=1"><script>window.run=1</script>${window.run=1}{{1}}'
 
 
-def write_adapter(adapters_dir, name, base, seed, base_info=None):
+def write_adapter(adapters_dir, name, base, seed, base_info=None, **facts):
     """Write an adapter with random weights, whose text differs from the base's. Replaces one of that name."""
     random = np.random.default_rng(seed)
     shapes = {"A": (4, 32), "B": (96, 4)}
@@ -46,7 +46,7 @@ def write_adapter(adapters_dir, name, base, seed, base_info=None):
     }
     base_info = base_info or find_base(str(base)).base_info().model_dump()
     with Library(adapters_dir).create(name, overwrite=True) as folder:
-        manifest = adapter_files.manifest(base=base_info)
+        manifest = adapter_files.manifest(base=base_info, **facts)
         adapter_files.write(folder, {"fan_in_fan_out": True}, weights, manifest)
     return adapters_dir / name
 

@@ -1,5 +1,6 @@
 """The documents are executed, parsed, or compared with the code."""
 
+import ast
 import re
 import shlex
 from functools import partial
@@ -128,6 +129,18 @@ def test_preference_example_runs(gpt2, capsys):
     assert 0 <= float(before) <= 1
     assert 0 <= float(after) <= 1
     assert 0 <= float(error) < 0.5
+
+
+def test_label_example_runs(gpt2, tmp_path, capsys):
+    (example,) = re.findall(
+        r"```python\n(from lora_tuner import Generator.*?)```", read_page("docs/objectives.md"), re.DOTALL
+    )
+    rows = [f"{text},{('billing', 'repairs')[number % 2]}" for number, text in enumerate(tiny_models.reviews(60))]
+    (tmp_path / "tickets.csv").write_text("text,team\n" + "\n".join(rows))
+    exec(example.replace("minutes=10", f"max_steps=2, max_length=64, device='cpu', base={str(gpt2)!r}"))
+    told = ast.literal_eval(capsys.readouterr().out)
+    assert {label for label, _ in told} <= {"billing", "repairs"}
+    assert all(0.5 <= probability <= 1 for _, probability in told)
 
 
 @pytest.mark.parametrize("page", PAGES)

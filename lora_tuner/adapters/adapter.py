@@ -29,6 +29,7 @@ from .samples import SAMPLES_FILE, Sample, read_samples
 
 MANIFEST_FILE, RUN_FILE, CARD_FILE = "manifest.json", "run.yaml", "README.md"
 METRICS_FILE, LOSS_PLOT_FILE, SPECTRUM_FILE = "metrics.jsonl", "loss.png", "spectrum.png"
+CONFUSION_FILE = "labels.png"  # of an adapter that tells labels
 TOKENIZER_FILES = (  # that other tools save beside an adapter
     *("chat_template.jinja", "chat_template.json", "tokenizer_config.json", "tokenizer.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"),

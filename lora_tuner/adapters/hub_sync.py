@@ -23,6 +23,7 @@ from . import model_card
 from .adapter import (
     CARD_FILE,
     CONFIG_FILE,
+    CONFUSION_FILE,
     LOSS_PLOT_FILE,
     MANIFEST_FILE,
     METRICS_FILE,
@@ -48,6 +49,7 @@ SYNCED_FILES = (
     RUN_FILE,
     METRICS_FILE,
     LOSS_PLOT_FILE,
+    CONFUSION_FILE,
     SPECTRUM_FILE,
     SAMPLES_FILE,
     REPORT_FILE,

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..config import CleanMode, NearDuplicatesRule, is_conversation
 from ..text import format_count, format_gain, format_rows
+from .label_info import LabelInfo
 from .preference_info import PreferenceInfo
 
 SCHEMA_VERSION = 2
@@ -267,7 +268,8 @@ class Manifest(_ManifestModel):
     `made_by` is the command that made the adapter without training, such as `blend a=0.7 b=0.3`;
     of preferences `result` is the loss on the chosen answers, and `preference` has what they taught;
     `general` is measured on the fixed general text (data/general_text.py) of a run that has the time
-    for it; `probes` are what `adapters check --url` compares with a server, None in older manifests.
+    for it; `probes` are what `adapters check --url` compares with a server, None in older manifests;
+    `labels` are those of an adapter that was trained with --label-column.
     """
 
     schema_version: int = Field(default=SCHEMA_VERSION, ge=1, le=SCHEMA_VERSION)
@@ -282,6 +284,7 @@ class Manifest(_ManifestModel):
     general: EvalResult | None = None
     probes: Annotated[list[Probe], Field(min_length=1, max_length=MAX_PROBES)] | None = None
     routing: RoutingInfo | None = None
+    labels: LabelInfo | None = None
     weights: WeightsInfo | None = None
     versions: dict[str, str] = {}
 
@@ -294,6 +297,8 @@ class Manifest(_ManifestModel):
     @property
     def template(self) -> tuple[str, str | None] | None:
         """The template that made the texts, and the column of which alone was learned."""
+        if self.labels is not None:
+            return self.labels.template, self.labels.column
         data = self.data
         return (data.template, data.answer_column) if data and data.template else None
 

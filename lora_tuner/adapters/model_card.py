@@ -18,7 +18,7 @@ from ..text import (
     format_share,
 )
 from . import base_config, compatibility
-from .adapter import LOSS_PLOT_FILE, SPECTRUM_FILE, Adapter
+from .adapter import CONFUSION_FILE, LOSS_PLOT_FILE, SPECTRUM_FILE, Adapter
 from .manifest import BaseInfo, DatasetInfo, Manifest, RunInfo, SourceInfo
 from .report import card_section, describe_other_text
 from .samples import Sample, samples_table
@@ -65,6 +65,7 @@ def summary_rows(adapter: Adapter) -> list[tuple[str, str]]:
             ),
             ("Perplexity", f"{after:.2f} (base: {before:.2f})"),
             *(manifest.preference.card_rows() if manifest.preference else []),
+            *(manifest.labels.card_rows() if manifest.labels else []),
             ("General text", manifest.general.describe_change() if manifest.general else ""),
             ("Advice", (run.advice if run else None) or ""),
         ]
@@ -96,9 +97,7 @@ def model_card(adapter: Adapter, name: str, prompts: Sequence[str] = ()) -> str:
     rows = [(key, _escape_markdown(text).replace("|", "\\|")) for key, text in summary_rows(adapter)]
     table = "\n".join(f"| {key} | {text} |" for key, text in rows)
     pictures = "".join(
-        f"\n![{title}]({file})\n"
-        for title, file in (("Loss", LOSS_PLOT_FILE), ("Singular values", SPECTRUM_FILE))
-        if (adapter.path / file).is_file()
+        f"\n![{title}]({file})\n" for title, file in _PICTURES.items() if (adapter.path / file).is_file()
     )
     prompt = prompts[0] if prompts else "Write your prompt here"
     usage = _usage_section(adapter, name, _hub_id(manifest.base) or f"path/to/{base}", prompt)
@@ -130,6 +129,7 @@ The loss is the mean negative log-likelihood per token, in nats, of held-out row
 {usage}"""
 
 
+_PICTURES = {"Loss": LOSS_PLOT_FILE, "Labels of held-out rows": CONFUSION_FILE, "Singular values": SPECTRUM_FILE}
 # Comments, as the Hub refuses empty fields.
 _TO_FILL_IN = """# Before you publish the adapter, fill in these two and remove the "#". Base and data may set the license.
 # license: apache-2.0
@@ -156,6 +156,8 @@ def _describe_training(manifest: Manifest) -> str:
         kind = f"{count}preferences between answers"
     elif is_conversation(data.format):
         kind = f"the answers of {count}conversations"
+    elif manifest.labels:
+        kind = f"the labels of {count}texts"
     elif data.answer_column:
         kind = f"the column {data.answer_column} of {count}rows"
     where = f" with {', '.join(data.where)}" if data.where else ""
@@ -207,6 +209,8 @@ def _limitations(manifest: Manifest) -> list[str]:
         limits.append(
             "It learned from conversations: without the chat template of the base its answers are poor."
         )
+    elif manifest.labels is not None:
+        limits.append("It tells the label of any text, also of one that is of another kind than its data.")
     elif data is not None:
         limits.append(f"It continues text; it follows instructions only as far as {base} does.")
     limits += [
@@ -223,7 +227,7 @@ def _describe_prompt(prompts: Sequence[str], adapter: Adapter) -> str:
         kind = "a question" if adapter.is_chat else "text"
         return f"Replace the prompt by {kind} as in the data."
     part = "first question" if adapter.is_chat else "beginning"
-    if data and data.answer_column:
+    if data and (data.answer_column or (adapter.manifest and adapter.manifest.labels)):
         part = "text up to the answer"
     return f"The prompt comes from a held-out row, which was not trained on: its {part}."
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MAX_METRICS_BYTES = 50_000_000
 _METRICS = ("step", "loss", "eval_loss", "eval_subset_loss", "eval_subset_rows")  # what the plot shows
 _SWEEP_LABELS = ("size (MB)", "training time (s)")
+_NUMBERED_LABELS = 20  # with more, a confusion matrix has no numbers
 SMOOTHED_SHARE, MAX_SMOOTHED_STEPS = 0.1, 10  # of the run, in an average of the training loss
 
 
@@ -157,6 +158,36 @@ def plot_gains(
     axes.set_title(title, parse_math=False, fontsize=10)
     figure.colorbar(image)
     figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def plot_labels(manifest: Manifest, to: Path | IO[bytes]) -> None:
+    """Plot which labels held-out rows have and which they are given, by the base and by the adapter.
+
+    A colour is the share of the rows with a label. Nothing is plotted without figures.
+    """
+    from matplotlib.figure import Figure
+
+    labels = manifest.labels
+    if labels is None or labels.figures is None:
+        return
+    names = [shorten(name, 20) for name in labels.names]
+    tables = {"adapter": labels.figures} | ({"base": labels.base} if labels.base else {})
+    size = max(2.2, min(0.4 * len(names), 12.0)) + 0.08 * max(map(len, names))
+    figure = Figure(figsize=(1.6 + (size + 0.6) * len(tables), size + 1.2), dpi=120, layout="constrained")
+    panels = figure.subplots(1, len(tables), squeeze=False)[0]
+    for axes, (title, figures) in zip(panels, tables.items(), strict=True):
+        shares = [[count / max(sum(row), 1) for count in row] for row in figures.confusion]
+        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for y, row in enumerate(figures.confusion if len(names) <= _NUMBERED_LABELS else []):
+            for x, count in enumerate(row):
+                color = "white" if shares[y][x] > 0.6 else "black"
+                axes.text(x, y, f"{count:,}", ha="center", va="center", fontsize=8, color=color)
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", parse_math=False)
+        axes.set_yticks(range(len(names)), names, parse_math=False)
+        axes.set(xlabel="label given", ylabel="label of the row")
+        axes.set_title(f"{title}: {figures.accuracy:.1%} right", parse_math=False, fontsize=10)
+    figure.colorbar(image, ax=list(panels), label="share of the rows with a label")
+    figure.savefig(to, format="png", metadata={"Software": None})
 
 
 def plot_spectra(spectra: Mapping[str, Sequence[float]], ranks: Mapping[str, int], to: Path | IO[bytes]) -> None:

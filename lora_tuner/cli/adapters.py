@@ -153,6 +153,7 @@ def show_details(adapter: Adapter, ancestors: Sequence[Ancestor], coverage: str 
         fields |= {
             "gain": "\n".join(format_result(manifest.result, manifest.data.sources if manifest.data else ())),
             **(dict(manifest.preference.lines()) if manifest.preference else {}),
+            **({name.lower(): text for name, text in manifest.labels.card_rows()} if manifest.labels else {}),
             "general text": manifest.general.describe_change() if manifest.general else None,
             "base": f"{manifest.base.name}: {manifest.base.weights}",
             "revision": manifest.base.revision,

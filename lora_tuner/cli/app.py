@@ -16,7 +16,7 @@ from .. import __version__, distributed
 from ..errors import Interrupted, LoraTunerError, RaisedOnRankZero, is_out_of_memory, os_error_message
 from ..training.progress import display
 from ..training.signals import HANGUP, TERMINATION, handle_signals
-from . import adapters, convert, data, doctor, evaluate, export, generate, report, runs, serve, train
+from . import adapters, classify, convert, data, doctor, evaluate, export, generate, report, runs, serve, train
 from .completion import INSTALL_OPTIONS, completed_command
 from .display import print_stderr
 from .help import MAX_WIDTH, PROGRAM, HelpGroup
@@ -110,7 +110,14 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Show the vers
 
 LIBRARY = "Library"
 for panel, commands in {
-    "Train and write": (doctor.doctor, data.data, train.train, train.methods, generate.generate),
+    "Train and write": (
+        doctor.doctor,
+        data.data,
+        train.train,
+        train.methods,
+        generate.generate,
+        classify.classify,
+    ),
     "Compare and measure": (generate.compare, evaluate.evaluate, report.report),
     "Combine and convert": (convert.merge, convert.blend, convert.compress, export.export),
     LIBRARY: (adapters.push, adapters.pull),

@@ -102,7 +102,7 @@ def generate(
 
     Docs: docs/tour.md, docs/chat.md
     """
-    sampling, prompts = resolve_settings(SamplingParams, overrides), _read_prompts(prompt, file)
+    sampling, prompts = resolve_settings(SamplingParams, overrides), read_prompts(prompt, file)
     if prompts is None and as_json:
         raise ConfigError("--json needs prompts: give one as an argument, --file, or - for stdin.")
     if options.force and adapter is None:
@@ -214,7 +214,7 @@ def _as_conversation(text: str, messages: "list[Message] | None") -> "Prompt":
     return text if messages is None else [*messages, {"role": "user", "content": text}]
 
 
-def _read_prompts(prompt: str | None, file: Path | None) -> list[str] | None:
+def read_prompts(prompt: str | None, file: Path | None) -> list[str] | None:
     """Prompts from the argument, a file or stdin; None for the interactive prompt."""
     if prompt is not None and file is not None:
         raise ConfigError("A prompt and --file exclude each other: give one.")
@@ -293,7 +293,7 @@ def compare(
 
     Docs: docs/tour.md, docs/chat.md
     """
-    sampling, prompts = resolve_settings(SamplingParams, overrides), _read_prompts(prompt, file)
+    sampling, prompts = resolve_settings(SamplingParams, overrides), read_prompts(prompt, file)
     if prompts is None:
         raise ConfigError("There is no prompt: give one as an argument, --file, or - for stdin.")
     adapters = Library(adapters_dir).get_all(adapter)

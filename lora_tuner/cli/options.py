@@ -49,6 +49,9 @@ EVAL_SET_FIELDS = (
     "template",
     "answer_column",
     "objective",
+    "label_column",
+    "labels",
+    "label_names",
     "where",
     "group_by",
     "table",
@@ -59,13 +62,9 @@ EVAL_SET_FIELDS = (
 )
 DEFAULT_PREVIEWS = "3"
 SEVERAL_VALUES = " Several values, separated by commas: one run each."
-_LAYOUT_SETTINGS = (
-    "text_column",
-    "format",
-    "template",
-    "answer_column",
-    "objective",
-)  # of the columns of a dataset
+_IN_MANIFEST = ("text_column", "template", "answer_column")
+# Of the columns of a dataset.
+_LAYOUT_SETTINGS = (*_IN_MANIFEST, "format", "objective", "label_column", "labels", "label_names")
 
 
 def _help(setting: str) -> str | None:
@@ -359,11 +358,11 @@ def _settings_of(adapter: Adapter) -> Overrides | None:
     settings: Overrides = {}
     with contextlib.suppress(ConfigError):
         settings = read_settings(adapter.path / RUN_FILE)
-    names = (*_LAYOUT_SETTINGS, *FILE_SETTINGS, "clean")
-    of_data = [name for name in names if name not in ("format", "objective")]
-    settings |= {name: value for name in of_data if (value := getattr(data, name)) is not None}
-    known = {name: settings.get(name) for name in (*of_data, "format", "objective")}
-    return {name: value for name, value in known.items() if value not in (None, "auto", "ending", "blank", "sft")}
+    names = [*_IN_MANIFEST, *FILE_SETTINGS, "clean"]
+    settings |= {name: value for name in names if (value := getattr(data, name)) is not None}
+    known = {name: settings.get(name) for name in (*names, *_LAYOUT_SETTINGS)}
+    usual: tuple[object, ...] = (None, [], "auto", "ending", "blank", "sft")
+    return {name: value for name, value in known.items() if value not in usual}
 
 
 def _names(adapters: Sequence[Adapter]) -> list[str]:
@@ -371,4 +370,5 @@ def _names(adapters: Sequence[Adapter]) -> list[str]:
 
 
 def _format_option(setting: str, value: object) -> str:
-    return f"--{setting.replace('_', '-')} {shlex.quote(str(value))}"
+    text = ",".join(value) if isinstance(value, list) else str(value)
+    return f"--{setting.replace('_', '-')} {shlex.quote(text)}"

@@ -258,6 +258,8 @@ def _show_trained(adapter: Adapter) -> None:
     print_result(adapter.manifest.result, adapter.manifest.data.sources if adapter.manifest.data else [])
     if preference := adapter.manifest.preference:
         print_preference(preference)
+    if labels := adapter.manifest.labels:
+        print("".join(f"{name:13} {text}\n" for name, text in labels.lines()), end="")
     if general := adapter.manifest.general:
         print(f"general text: {general.describe_change()}")
     print_picture(adapter.path / LOSS_PLOT_FILE, "losses of the run")
@@ -290,11 +292,10 @@ def _show_next_commands(adapter: Adapter) -> None:
     shown = [prompt for prompt in prompts if len(prompt) <= MAX_QUOTED]
     prompt = quote_argument(min(shown, key=lambda prompt: ("\n" in prompt, len(prompt)), default="Your prompt"))
     print_stderr("Next:")
-    for command in (
-        f"generate --adapter {adapter.name}",
-        f"compare {prompt} --adapter {adapter.name}",
-        "serve",
-    ):
+    commands = [f"generate --adapter {adapter.name}", f"compare {prompt} --adapter {adapter.name}", "serve"]
+    if adapter.manifest and adapter.manifest.labels:
+        commands[0] = f"classify {prompt} --adapter {adapter.name}"
+    for command in commands:
         print_stderr(f"  python cli.py {command}{option}")
 
 

@@ -17,6 +17,7 @@ from ..adapters.adapter import (
     weights_info,
 )
 from ..adapters.compatibility_report import Tool
+from ..adapters.label_info import LabelInfo
 from ..adapters.library import copy_files
 from ..adapters.manifest import DatasetInfo, Manifest, utc_timestamp
 from ..config import FILE_SETTINGS, ModelOptions, is_conversation
@@ -240,6 +241,7 @@ def write_adapter(
         made_by=command,
         parents=[parent.parent_info() for parent in parents],
         result=evaluation.pooled_gain(losses),
+        labels=_shared_labels(parents),
         weights=weights_info(written),
         versions=lora.library_versions(),
     )
@@ -254,6 +256,15 @@ def write_adapter(
     if sets:
         eval_sets.cache_rows(eval_sets.join_sets(name, sets))
     return written, losses, comparison
+
+
+def _shared_labels(parents: Sequence[Adapter]) -> LabelInfo | None:
+    """Return the labels of all parents, without what was measured; None unless they are the same."""
+    measured = ("temperature", "fitted_rows", "figures", "uncalibrated_error", "base")
+    unmeasured = {name: LabelInfo.model_fields[name].default for name in measured}
+    infos = [parent.manifest.labels if parent.manifest else None for parent in parents]
+    own = [info.model_copy(update=unmeasured) for info in infos if info]
+    return own[0] if own and len(own) == len(infos) and all(info == own[0] for info in own) else None
 
 
 def _copy_tokenizer(parents: Sequence[Adapter], folder: Path, notify: EventHandler) -> None:

@@ -5,6 +5,7 @@ Each base is probed first: rows that join and leave must get the logits that the
 adding rows copies the whole cache.
 """
 
+import copy
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -87,7 +88,7 @@ class HFDecoder:
         logits = []
         for row, padding in enumerate(cache.padding):
             cache.rows[row] = torch.cat([cache.rows[row].to(token_ids.device), token_ids[row]])
-            hooks = self.multi_lora.hooks([lora.rows[row]]) if lora else []
+            hooks = self.multi_lora.hooks([lora.rows[row % len(lora.rows)]]) if lora else []
             with quiet_transformers(), self.multi_lora.apply_hooks(hooks):
                 output = self.base.model(input_ids=cache.rows[row][None, padding:], use_cache=False)
             logits.append(output.logits[0, -1:])
@@ -197,6 +198,13 @@ class HFCache:
         old_padding = [padding + old_shift for padding in self.padding]
         self.padding = old_padding + [padding + new_shift for padding in other.padding]
 
+    def fork(self, rows: Sequence[int]) -> "HFCache":
+        """Return a cache that goes on from copies of rows, which may repeat."""
+        fork = copy.copy(self)
+        fork.kv = copy.deepcopy(self.kv)
+        fork.keep_rows(rows)
+        return fork
+
 
 class NoCache:
     """Token ids of the rows, padding included, in place of a cache."""
@@ -211,3 +219,8 @@ class NoCache:
 
     def append_rows(self, other: "NoCache") -> None:
         self.rows, self.padding = self.rows + other.rows, self.padding + other.padding
+
+    def fork(self, rows: Sequence[int]) -> "NoCache":
+        fork = copy.copy(self)
+        fork.keep_rows(rows)
+        return fork

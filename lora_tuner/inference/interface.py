@@ -19,6 +19,10 @@ class Cache(Protocol):
     def append_rows(self, other: Any) -> None:
         """Add the rows of another cache of the same decoder after the present ones."""
 
+    def fork(self, rows: Sequence[int]) -> "Cache":
+        """Return a cache whose row i goes on from row `rows[i]`; rows may repeat, and this cache
+        stays as it is."""
+
 
 class LoraForBatch(Protocol):
     """LoRA weights of the rows of a batch, in the form that a decoder applies."""

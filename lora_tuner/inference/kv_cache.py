@@ -92,6 +92,22 @@ class KVCache:
         self.padding = [self.padding[row] for row in rows]
         self._addresses = None
 
+    def fork(self, rows: Sequence[int]) -> "KVCache":
+        """Return a cache that goes on from rows, which may repeat; this one stays as it is. Full
+        blocks are shared."""
+        fork = KVCache(self.shape, [self.padding[row] for row in rows])
+        fork.lengths = [self.lengths[row] for row in rows]
+        fork.blocks = [self._copy_blocks(row) for row in rows]
+        return fork
+
+    def _copy_blocks(self, row: int) -> list[Block]:
+        blocks = list(self.blocks[row])
+        if self.lengths[row] % BLOCK_TOKENS:
+            last = Block(self.shape)
+            last.kv.copy_(blocks[-1].kv)
+            blocks[-1] = last
+        return blocks
+
 
 # The adapter, by identity, and a hash of all tokens up to the end of the block.
 _BlockKey = tuple["weakref.ref[LoadedAdapter] | None", bytes]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
 from ..adapters.adapter import Adapter
+from ..adapters.label_info import LabelInfo
 from ..adapters.manifest import RoutingInfo
 from ..data.row_template import Template
 from ..errors import AdapterError, MixedBatchError
@@ -49,7 +50,8 @@ class LoadedAdapter:
     is still in use. `tokenizer` is that of an adapter whose own differs from the base's, `replaced`
     what it has in place of modules of the base, `vocab_size` the number of its token ids, 0 for
     those of the base; `is_chat` says that it has learned conversations, `template` in which form
-    it has learned texts, `routing` what its own rows gain, `data` the name of its data."""
+    it has learned texts, `routing` what its own rows gain, `labels` those that it tells, `data` the
+    name of its data."""
 
     layers: dict[str, _LayerLora]
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -58,6 +60,7 @@ class LoadedAdapter:
     is_chat: bool = False
     template: Template | None = None
     routing: RoutingInfo | None = None
+    labels: LabelInfo | None = None
     data: str | None = None
     fused: dict[tuple[str, ...], LoraFactors] = field(default_factory=dict)  # a cache
 
@@ -128,6 +131,7 @@ class MultiLora:
             is_chat=adapter.is_chat,
             template=adapter.manifest.template if adapter.manifest else None,
             routing=adapter.manifest.routing if adapter.manifest else None,
+            labels=adapter.manifest.labels if adapter.manifest else None,
             data=display_name(adapter.manifest.data.name) if adapter.manifest and adapter.manifest.data else None,
         )
 

@@ -67,7 +67,7 @@ class PromptSampler:
             TokenSequence(self.base, token_ids, self.sampling, sequence_seed(SEED, 0))
             for token_ids in self.token_ids
         ]
-        with self._evaluating(), torch.inference_mode():
+        with generating(self.base), torch.inference_mode():
             self.decoder = self.decoder or HFDecoder(self.base, self.multi_lora)
             batch = RunningBatch(self.decoder, self.multi_lora)
             batch.waiting += sequences
@@ -81,18 +81,19 @@ class PromptSampler:
         self.are_cut = [sequence.finish_reason != "stop" for sequence in sequences]
         return [sequence.detokenizer.text for sequence in sequences]
 
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Turn dropout off, and let the model take padded rows and a cache."""
-        model = self.base.model
-        by_row = model.config.get_text_config()._attn_implementation == kernels.VARLEN_ATTENTION
-        training = model.training
-        try:
-            model.eval()
-            if by_row:
-                kernels.enable_varlen_attention(model, on=False)
-            yield
-        finally:
-            model.train(training)
-            if by_row:
-                kernels.enable_varlen_attention(model)
+
+@contextlib.contextmanager
+def generating(base: LoadedBase) -> Iterator[None]:
+    """Turn dropout off in a base in training, and let it take padded rows and a cache."""
+    model = base.model
+    by_row = model.config.get_text_config()._attn_implementation == kernels.VARLEN_ATTENTION
+    training = model.training
+    try:
+        model.eval()
+        if by_row:
+            kernels.enable_varlen_attention(model, on=False)
+        yield
+    finally:
+        model.train(training)
+        if by_row:
+            kernels.enable_varlen_attention(model)

@@ -111,6 +111,14 @@ TOKENIZE: Neutral = {
     "mm_processor_kwargs": ({},),
     "tools": ([],),
 }
+CLASSIFY: Neutral = {
+    "activation": (True,),
+    "add_special_tokens": (True,),
+    "priority": (0,),
+    "softmax": (True,),
+    "truncate_prompt_tokens": (-1,),
+    "use_activation": (True,),
+}
 RESPONSES: Neutral = {
     "background": (False,),
     "context_management": ([],),

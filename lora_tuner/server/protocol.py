@@ -364,6 +364,7 @@ class AdapterInfo(BaseModel):
     made_by: str | None = None
     parents: list[str] = []
     result: EvalResult | None = None
+    labels: list[str] | None = None
     never_chosen: str | None = None
 
 

@@ -32,6 +32,7 @@ from ..data.readers import unique_keys
 from ..errors import LoraTunerError, RequestError, UnknownModelError
 from ..text import display_name
 from .auto import AutoModel
+from .classify import ClassifyRequest, ClassifyResponse, classify
 from .error_responses import ErrorResponse, error_response, http_error, validation_error
 from .generate import TOKEN_TEXT_CACHE, generate, lora_tuner_error
 from .metrics import Metrics, RequestLog
@@ -145,6 +146,11 @@ def create_app(service: ModelService) -> FastAPI:
         http_request.state.record.prompts = body.chat().prompts[0]
         return await create_response(service, spell, body, http_request)
 
+    @routes.post("/v1/classify", response_model=ClassifyResponse)
+    async def classify_texts(body: ClassifyRequest, http_request: HTTPRequest) -> Response:
+        """Tell which label a text has, or each of several, with calibrated probabilities."""
+        return await classify(service, body, http_request)
+
     @routes.post("/tokenize")
     async def tokenize_prompt(body: TokenizeRequest) -> TokenizeResponse:
         """Return the token ids of a text or a conversation."""
@@ -253,6 +259,7 @@ def _adapter_info(service: ModelService, adapter: Adapter) -> AdapterInfo:
     if manifest is not None:
         info.parents = [parent.name for parent in manifest.parents]
         info.result = manifest.result
+        info.labels = manifest.labels.names if manifest.labels else None
         info.made_by = service.hide_paths(manifest.made_by) if manifest.made_by else None
         info.created = None if _timestamp(manifest.created) is None else manifest.created
         if manifest.data:

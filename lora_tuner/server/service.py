@@ -63,6 +63,7 @@ Work = Literal[
     "encode",
     "encode-long",
     "choose",
+    "classify",
     "compile",
     "format",
     "metrics",

@@ -12,6 +12,7 @@ from ..models import added_tokens
 from ..models.added_tokens import AddedTokens
 from ..models.loading import LoadedBase
 from ..text import format_count, format_rows
+from . import label_result
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def encode_rows(
     """Tokenize the rows that are measured, then those to train on, and pack the latter."""
     measured = _encode_held_out(requested, dataset, base)
     rows, desired, text_use = _tokenize(requested, dataset, base, max_length, measured.invalid, notify)
+    label_result.check_labels(base, requested.model_copy(update={"max_length": max_length}), dataset)
     added_tokens.check_used(added, rows, notify, streaming=requested.streaming)
     _check_held_out(requested, measured, notify)
     sequences = packing.PackedSequences(

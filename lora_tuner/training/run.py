@@ -16,6 +16,7 @@ from .. import atomic_io, distributed, evaluation
 from ..adapters import model_card, plots
 from ..adapters.adapter import (
     CARD_FILE,
+    CONFUSION_FILE,
     LOSS_PLOT_FILE,
     MANIFEST_FILE,
     METRICS_FILE,
@@ -166,6 +167,8 @@ def plan(requested: TrainConfig, notify: EventHandler | None = display) -> RunEs
     lengths = [len(row) for row in setup.held_out]
     held_out_tokens = sum(lengths) * (2 + steps // (config.eval_every or steps + 1))
     held_out_tokens += 2 * sum(map(len, setup.rejected))
+    if setup.dataset.labels:  # base and adapter read the rows for their labels, and some to calibrate these
+        held_out_tokens += 5 * sum(lengths) // 2
     reference_tokens = reference.count_tokens(setup)
     if curve := setup.curve:
         held_out_tokens += sum(lengths[row] for row in curve.rows) * math.ceil(steps / curve.every)
@@ -379,6 +382,7 @@ def _write_adapter(
         save_adapter(setup, lora.adapter_state_dict(setup.model), manifest, work)
         plots.write_metrics(history, work / METRICS_FILE)
         plots.plot_loss(history, manifest, work / LOSS_PLOT_FILE)
+        plots.plot_labels(manifest, work / CONFUSION_FILE)
         if samples:
             write_samples(samples, work / SAMPLES_FILE)
         card = model_card.model_card(load_adapter_folder(work), name, prompts)

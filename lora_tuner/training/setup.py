@@ -52,6 +52,7 @@ from ..models.base_files import quiet_transformers
 from ..text import describe_coverage, format_bytes, format_count
 from . import profiling
 from .inputs import TrainingInputs, dtype_name, load_inputs
+from .label_result import label_info, measure_labels
 from .learning_rate import ProbePlan, default_learning_rate, plan_run_probe
 from .profiling import HeldOutCurve, StepProfile
 
@@ -155,7 +156,8 @@ class TrainingSetup(TrainingInputs):
             template=self.manifest.template,
             at_scale=probes.scales_of_trained(self.model),
         )
-        return fields | {"general": self._measure_general(trained_tokens)}
+        labels = measure_labels(self.model, self.base, self.config, self.dataset, self.notify)
+        return fields | {"general": self._measure_general(trained_tokens), "labels": labels}
 
     def _measure_general(self, trained_tokens: int) -> EvalResult | None:
         """Measure base and adapter on a fixed part of the general text.
@@ -239,6 +241,7 @@ class TrainingSetup(TrainingInputs):
                 curve_rows=len(self.curve.rows) if self.curve else 0,
                 probe=self.probe,
             ),
+            labels=label_info(config, dataset),
             versions=lora.library_versions(),
         )
 

@@ -229,7 +229,7 @@ def test_settings_become_options():
 
 
 GROUPS = {
-    "Train and write": "doctor data train methods generate",
+    "Train and write": "doctor data train methods generate classify",
     "Compare and measure": "compare evaluate report",
     "Combine and convert": "merge blend compress export",
     "Library": "push pull adapters runs",

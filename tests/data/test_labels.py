@@ -96,7 +96,7 @@ def labelled(*names):
     ("content", "settings", "message"),
     [
         (labelled("a"), {}, "all rows have the label 'a': two labels or more are needed."),
-        (labelled("a", "A"), {}, "the labels 'A' and 'a' differ by case or spaces alone"),
+        (labelled("a", "A"), {}, "the labels 'A', 'a' differ by case or spaces alone"),
         (
             labelled("a", "b"),
             {"labels": ["a", "b", "c"]},
@@ -138,7 +138,7 @@ def test_wrong_labels_are_refused(refusal, content, settings, message):
 def test_too_many_labels_are_refused(refusal):
     texts = tiny_models.reviews(MAX_LABELS + 1)
     content = "text,label\n" + "\n".join(f"{text},id {number}" for number, text in enumerate(texts))
-    assert f"has {MAX_LABELS + 1} different labels, such as id 0, id 1 and id 10" in refusal(
+    assert f"has {MAX_LABELS + 1} different labels, such as id 0, id 1, id 2" in refusal(
         "a.csv", content, **LABEL
     )
 

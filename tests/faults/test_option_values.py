@@ -26,6 +26,7 @@ ARGUMENTS = {
     "train": ("--dataset", "x.csv", *NO_BASE),
     "data": ("x.csv", "--json", *NO_BASE),
     "generate": ("x", *NO_BASE),
+    "classify": ("x", "--adapter", "a", *NO_BASE),
     "compare": ("x", "--adapter", "a", *NO_BASE),
     "evaluate": ("a", "--eval-dataset", "x.csv", *NO_BASE),
     "report": ("a", "--json", *NO_BASE),

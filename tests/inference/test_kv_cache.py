@@ -202,3 +202,23 @@ def test_cache_tokens_are_sum_of_lengths(generator, model_folder):
     assert generator.engine.cache_tokens(sequences) == 137
     sequences += [Sequence(generator.base, [5] * count, GREEDY, lora=dora) for count in (50, 3)]
     assert generator.engine.cache_tokens(sequences) == 137 + 2 * 60
+
+
+def test_fork_continues_copies_of_rows(decoder):
+    texts = torch.randint(1, 300, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        cache = decoder.new_cache([0, 0])
+        decoder.forward(texts[:, :37], cache)
+        blocks = [[block.kv.clone() for block in row] for row in cache.blocks]
+        fork = cache.fork([1, 0, 1])
+        new = torch.tensor([[5, 6], [7, 8], [9, 10]])
+        logits = decoder.forward(new, fork)
+        for row, text in enumerate((1, 0, 1)):
+            whole = torch.cat([texts[text, :37], new[row]])[None]
+            expected = decoder.forward(whole, decoder.new_cache([0]))[0, -2:]
+            torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=1e-4)
+    assert fork.lengths == [39] * 3
+    assert cache.lengths == [37, 37]
+    for row, before in zip(cache.blocks, blocks, strict=True):
+        assert all(torch.equal(block.kv, kv) for block, kv in zip(row, before, strict=True))
+    assert fork.blocks[0][0] is fork.blocks[2][0], "full blocks are shared"

@@ -147,6 +147,7 @@ def test_neutral_values_are_documented():
         neutral.RESPONSES,
         neutral.NESTED,
         neutral.TOKENIZE,
+        neutral.CLASSIFY,
         neutral.LOAD_ADAPTER,
         neutral.UNLOAD_ADAPTER,
     ):
@@ -327,7 +328,7 @@ def test_wrong_base_url_names_the_endpoints(served):
     error = error_of(served.post("/chat/completions", model="a", **CHAT), 404)
     assert error["message"] == (
         "There is nothing at /chat/completions: the API has /v1/models, /v1/completions, /v1/chat/completions, "
-        "/v1/responses, /v1/load_lora_adapter, /v1/unload_lora_adapter, /tokenize, /detokenize."
+        "/v1/responses, /v1/classify, /v1/load_lora_adapter, /v1/unload_lora_adapter, /tokenize, /detokenize."
     )
 
 

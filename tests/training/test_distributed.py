@@ -168,6 +168,22 @@ def test_two_processes_share_pairs(settings, objective):
 
 
 @pytest.mark.slow
+def test_two_processes_tell_labels(settings):
+    """The figures of labels are shared, though one process has a row more."""
+    settings |= {"label_column": "label", "label_names": "0=dull,1=fine", "eval_rows": 15}
+    done = run_two(settings, "--max-steps=8", "--name=two", "--balance")
+    assert done.status == 0, done.err
+    assert done.err.count("Labels: dull ") == 1
+    same = {"max_steps": 8, "gradient_accumulation": 2, "name": "one", "balance": True}
+    one, two = train(TrainConfig.model_validate(settings | same)), Library().get("two")
+    labels = [adapter.manifest.labels for adapter in (one, two)]
+    assert [info.names for info in labels] == [["dull", "fine"]] * 2
+    assert labels[0].figures.rows == labels[1].figures.rows
+    assert labels[0].temperature == pytest.approx(labels[1].temperature, abs=1e-2)
+    assert labels[0].uncalibrated_error == pytest.approx(labels[1].uncalibrated_error, abs=1e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [{}, {"streaming": True, "shuffle_buffer": 20}], ids=["", "stream"])
 def test_two_processes_mix_sources_alike(settings, streaming):
     settings = {name: value for name, value in settings.items() if name != "dataset"} | streaming
