@@ -141,6 +141,8 @@ def _check_options(
             if file
             else "There is no text: give one, or --file."
         )
+    if text is not None and not text.strip():
+        raise ConfigError("prompt: a text is empty: give one with a word in it.")
     if file == Path("-") or file is None:
         for name, value in (("--output", output), ("--text-column", text_column)):
             if value is not None:

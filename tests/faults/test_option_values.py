@@ -26,7 +26,7 @@ ARGUMENTS = {
     "train": ("--dataset", "x.csv", *NO_BASE),
     "data": ("x.csv", "--json", *NO_BASE),
     "generate": ("x", *NO_BASE),
-    "classify": ("x", "--adapter", "a", *NO_BASE),
+    "classify": ("x", "--adapter", "told", *NO_BASE),
     "compare": ("x", "--adapter", "a", *NO_BASE),
     "evaluate": ("a", "--eval-dataset", "x.csv", *NO_BASE),
     "report": ("a", "--json", *NO_BASE),
@@ -110,6 +110,7 @@ def workspace(tmp_path):
     for name in "ab":
         adapter_files.write(tmp_path / "adapters" / name, facts=adapter_files.manifest())
     adapter_files.write(tmp_path / "other")
+    adapter_files.write(tmp_path / "told", facts=adapter_files.manifest(labels=adapter_files.labels()))
     return tmp_path
 
 
