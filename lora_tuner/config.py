@@ -105,7 +105,7 @@ METHODS: dict[MethodName, MethodInfo] = {
 }
 
 # Share of the learning rate for text that suits an objective (benchmarks/RESULTS.md, preferences).
-RATE_SHARES: dict[Objective, float] = {"sft": 1.0, "dpo": 0.1, "orpo": 0.5, "kto": 0.1}
+RATE_SHARES: dict[Objective, float] = {"sft": 1.0, "dpo": 0.25, "orpo": 0.5, "kto": 0.25}
 
 
 def _setting(
