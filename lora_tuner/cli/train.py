@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .. import distributed
-from ..adapters.adapter import LOSS_PLOT_FILE, RUN_FILE, Adapter, load_adapter_folder
+from ..adapters.adapter import CONFUSION_FILE, LOSS_PLOT_FILE, RUN_FILE, Adapter, load_adapter_folder
 from ..adapters.library import adapter_name
 from ..adapters.manifest import RateProbe
 from ..adapters.model_card import final_samples
@@ -263,6 +263,8 @@ def _show_trained(adapter: Adapter) -> None:
     if general := adapter.manifest.general:
         print(f"general text: {general.describe_change()}")
     print_picture(adapter.path / LOSS_PLOT_FILE, "losses of the run")
+    if (confusion := adapter.path / CONFUSION_FILE).is_file():
+        print_picture(confusion, "labels of held-out rows")
     _show_samples(adapter)
     _show_next_commands(adapter)
 

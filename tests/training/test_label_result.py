@@ -132,6 +132,7 @@ def test_end_of_run_shows_figures(label_settings, gpt2):
     lines = done.stdout.splitlines()
     assert any(line.startswith("accuracy      ") and "macro F1" in line for line in lines)
     assert any(line.startswith("base accuracy ") for line in lines)
+    assert f"picture: adapters/shown/{CONFUSION_FILE} (labels of held-out rows)" in lines
     assert any(line.startswith("calibration   error ") for line in lines)
     assert all(len(line) <= 80 for line in lines if line.startswith(("accuracy", "base accuracy", "calibration")))
     assert "python cli.py classify " in done.stderr
