@@ -22,7 +22,7 @@ import torch
 from peft import PeftModel
 
 from .. import distributed, evaluation
-from ..config import METHODS, RATE_SHARES, TrainConfig
+from ..config import LABEL_RATE_SHARE, METHODS, RATE_SHARES, TrainConfig
 from ..data.mixing import mix
 from ..data.packing import PackedRows
 from ..data.tokenization import TokenIds, count_predictions
@@ -63,6 +63,8 @@ def default_learning_rate(
     if inputs.objective is not None:
         share = RATE_SHARES[inputs.objective.name]
         of_share = f", times {share:g} for {inputs.objective.name}"
+    elif inputs.dataset.labels:
+        share, of_share = LABEL_RATE_SHARE, f", times {LABEL_RATE_SHARE:g} for labels"
     stepped, others = _two_samples(inputs)
     best = _best_step(inputs, model, stepped, others, notify) if others else None
     if best is None:

@@ -19,11 +19,13 @@ from lora_tuner import (
 )
 from lora_tuner.adapters.adapter import CARD_FILE, CONFUSION_FILE, MANIFEST_FILE, RUN_FILE
 from lora_tuner.cli.options import eval_sets_from
+from lora_tuner.config import LABEL_RATE_SHARE
 from lora_tuner.data.labels import split_label
 from lora_tuner.errors import TrainingError
 from lora_tuner.models import fsdp
 from lora_tuner.settings_files import resolve_settings
 from lora_tuner.training import label_result
+from lora_tuner.training.learning_rate import HIGHEST_RATE
 from lora_tuner.training.setup import prepare_training
 
 from .. import tiny_models
@@ -178,6 +180,12 @@ def test_long_texts_keep_their_ends(label_settings, tmp_path):
         assert text.startswith("first ")
         assert " last\n\nLabel: " in text
     assert setup.manifest.run.truncated_rows == len(setup.dataset.train)
+
+
+def test_default_rate_is_lower(label_settings):
+    setup = prepare_training(label_settings(learning_rate=None))
+    assert setup.learning_rate_origin.endswith(", times 0.25 for labels")
+    assert setup.learning_rate <= LABEL_RATE_SHARE * HIGHEST_RATE
 
 
 def test_label_has_to_fit(label_settings):
