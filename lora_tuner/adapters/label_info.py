@@ -4,8 +4,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..config import MAX_LABELS, CleanMode
+from ..config import MAX_LABEL_CHARS, MAX_LABELS, CleanMode
 from ..text import format_rows
+
+_Name = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_CHARS)]
 
 
 class _LabelModel(BaseModel):
@@ -46,13 +48,13 @@ class LabelInfo(_LabelModel):
     """
 
     column: str
-    names: Annotated[list[str], Field(min_length=2, max_length=MAX_LABELS)]
+    names: Annotated[list[_Name], Field(min_length=2, max_length=MAX_LABELS)]
     counts: list[int]
     template: str
     max_length: int = Field(ge=2)
     clean: CleanMode
     balanced: bool = False
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=0.01, le=100)
     fitted_rows: int = 0
     figures: LabelFigures | None = None
     uncalibrated_error: float | None = None
@@ -60,7 +62,7 @@ class LabelInfo(_LabelModel):
 
     @model_validator(mode="after")
     def _check_names(self) -> "LabelInfo":
-        if len({*self.names}) < len(self.names) or not all(self.names) or len(self.counts) != len(self.names):
+        if len({*self.names}) < len(self.names) or len(self.counts) != len(self.names):
             raise ValueError("names are different, and each has a count")
         return self
 

@@ -80,7 +80,7 @@ class LabelPrompts:
     ) -> None:
         self.name, self.info, self.tokenizer = name, info, tokenizer
         self.template = read_template(info.template, info.column)
-        self.columns = text_columns(info)
+        self.columns, self.limit = text_columns(info), min(info.max_length, max_context)
         pieces = self.template.pieces
         if (
             not self.columns
@@ -98,12 +98,10 @@ class LabelPrompts:
             shared -= 1
         self.endings: list[list[int]] = [row[shared:].tolist() for row in ids]
         self.least_tokens = max(map(len, rows))
-        self.max_tokens = min(info.max_length, max_context) - max(map(len, self.endings))
+        self.max_tokens = self.limit - max(map(len, self.endings))
         if self.max_tokens < 2 or not shared:
             longest = max(info.names, key=len)
-            raise AdapterError(
-                f"{name}: no text fits beside the label {longest!r} within {min(info.max_length, max_context)} tokens."
-            )
+            raise AdapterError(f"{name}: no text fits beside the label {longest!r} within {self.limit} tokens.")
 
     def encode(self, values: Mapping[str, str]) -> list[int]:
         """Return the token ids of a text up to its label; of a long one the first and last.
@@ -128,7 +126,7 @@ class LabelPrompts:
 
     def _encode_row(self, text: str, label: str) -> tokenization.TokenIds:
         row = chat.encode_answer(text + label, (len(text), len(text) + len(label)), keep=True)
-        return tokenization.encode_texts(self.tokenizer, [row], max_tokens=self.info.max_length)[0]
+        return tokenization.encode_texts(self.tokenizer, [row], max_tokens=self.limit)[0]
 
 
 def text_columns(info: LabelInfo) -> list[str]:

@@ -128,3 +128,23 @@ def test_manifest_error_lists_all_problems(tmp_path):
     )
     (folder / MANIFEST_FILE).write_text(" " * 10_000_001)
     assert refusal(folder) == f"a/{MANIFEST_FILE} is too large: at most 1,000,000 bytes are read."
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"names": ["a"], "counts": [1]}, "labels.names: List should have at least 2 items"),
+        ({"names": ["a", "a"]}, "labels: Value error, names are different, and each has a count"),
+        ({"names": ["a", ""]}, "labels.names.1: String should have at least 1 character"),
+        ({"names": ["a", "x" * 201]}, "labels.names.1: String should have at most 200 characters"),
+        ({"counts": [1]}, "labels: Value error, names are different, and each has a count"),
+        ({"temperature": 1e-300}, "labels.temperature: Input should be greater than or equal to 0.01"),
+        ({"max_length": 1}, "labels.max_length: Input should be greater than or equal to 2"),
+    ],
+)
+def test_invalid_labels_are_rejected(tmp_path, changes, problem):
+    folder = adapter_files.write(tmp_path / "a", facts=adapter_files.manifest())
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    manifest["labels"] = adapter_files.labels().model_dump(mode="json") | changes
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+    assert refusal(folder).startswith(f"a/{MANIFEST_FILE}: {problem}")

@@ -400,3 +400,19 @@ def test_read_invalid_metrics_fails(tmp_path, text):
         path.write_text(text)
     with pytest.raises(AdapterError, match=re.escape(f"{path} has no loss curve: ")):
         plots.read_metrics(path)
+
+
+@pytest.mark.parametrize("count", [2, 40])
+def test_labels_are_plotted_with_numbers(tmp_path, count):
+    names = [f"$label {number}$" for number in range(count)]
+    confusion = [[5 if row == column else 1 for column in range(count)] for row in range(count)]
+    figures = {"accuracy": 0.8, "interval": (0.7, 0.9), "macro_f1": 0.8, "calibration_error": 0.1}
+    figures |= {"confusion": confusion}
+    facts = {"names": names, "counts": [1] * count, "figures": figures}
+    manifest = adapter_files.manifest(labels=adapter_files.labels(**facts, base=figures))
+    plots.plot_labels(manifest, tmp_path / "labels.png")
+    pixels = pixels_of(tmp_path / "labels.png")
+    assert pixels.shape[1] > 400
+    assert share(pixels, (8, 48, 107)) > 0.001, "the darkest blue"
+    plots.plot_labels(adapter_files.manifest(), tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()

@@ -15,6 +15,7 @@ from lora_tuner import (
     classify,
     compress,
     resume,
+    run_sweep,
     train,
 )
 from lora_tuner.adapters.adapter import CARD_FILE, CONFUSION_FILE, MANIFEST_FILE, RUN_FILE
@@ -280,3 +281,32 @@ def test_config_of_labels_is_kept_in_run_yaml(told):
         None,
         None,
     )
+
+
+def test_stream_learns_labels(label_settings):
+    trained = train(label_settings(streaming=True, labels="bad,good", shuffle_buffer=40))
+    info = trained.manifest.labels
+    assert info.names == ["bad", "good"]
+    assert info.figures.rows == 8
+    assert 0 < sum(info.counts) <= 40, "of the first rows"
+
+
+@pytest.mark.parametrize("load_in", [slow("8bit"), slow("4bit")])
+def test_quantized_base_learns_labels(label_settings, load_in):
+    trained = train(label_settings(load_in=load_in))
+    assert trained.manifest.run.load_in == load_in
+    assert trained.manifest.labels.figures.rows == 8
+
+
+def test_training_goes_on_from_labels(told, label_settings, sure_base):
+    settings = label_settings(name="more", learning_rate=1e-4).model_dump(exclude_unset=True)
+    more = train(TrainConfig.model_validate(settings | {"base": str(sure_base), "parent": "told"}))
+    assert more.manifest.labels.figures.accuracy > 0.9
+    assert [parent.name for parent in more.manifest.parents] == ["told"]
+
+
+@pytest.mark.slow
+def test_sweep_measures_labels(label_settings):
+    result = run_sweep([label_settings(learning_rate=rate) for rate in (1e-3, 1e-2)])
+    for trial in result.trials:
+        assert Library().get(trial.name).manifest.labels.figures.rows == 8
