@@ -156,6 +156,8 @@ def test_adopt_copies_and_writes_manifest(theirs, model_folder, library):
         "general": None,
         "probes": None,
         "routing": None,
+        "preference": None,
+        "labels": None,
         "weights": {
             "sha256": atomic_io.sha256_file(theirs / WEIGHTS_FILE),
             "bytes": (theirs / WEIGHTS_FILE).stat().st_size,
