@@ -24,7 +24,7 @@ from .measure import Figure, figure
 
 OPENING, ANSWER = 24, 16  # words
 PAIRS, HELD_OUT = 4_000, 300
-MINUTES = 2.5  # of training steps; with all measurements at most five on two cores
+MINUTES = 2.0  # of training steps; with all measurements at most five on two idle cores
 ERRORS, WORST_LOSS = (
     3.0,
     0.02,
