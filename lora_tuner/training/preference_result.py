@@ -109,7 +109,7 @@ def preference_advice(info: PreferenceInfo, result: EvalResult, rate: float) -> 
             f"Try a lower learning rate than {rate:g}, such as {rate / 3:.1g} (--learning-rate), fewer steps, a higher "
             "--beta, or --objective orpo."
         )
-    if change <= 2 * error:
+    if change <= 2 * error and info.accuracy.adapter < 1:
         return (
             f"The held-out preference accuracy has not risen beyond its error ({info.accuracy.format_change()}): try "
             f"more steps, or a higher learning rate than {rate:g}, such as {3 * rate:.1g} (--learning-rate)."

@@ -495,9 +495,8 @@ def long_base(tmp_path):
     return tiny_models.save_model(tmp_path / "long", "gpt2", width=192, layers=6, context=2048)
 
 
-@pytest.mark.parametrize(
-    "signals", [[signal.SIGTERM], pytest.param([signal.SIGHUP, signal.SIGHUP], marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGHUP, signal.SIGHUP]])
 def test_serve_command_completes_stream_on_signal(long_base, signals):
     process = Process("--base", long_base, LORA_TUNER_API_KEY="12345678")
     try:

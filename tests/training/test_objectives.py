@@ -431,9 +431,9 @@ def test_kto_compares_each_with_each(compare):
     assert (info.rows, info.undesired, info.shorter) == (30, 20, None)
 
 
-def info_with(change, error):
+def info_with(change, error, base=0.5):
     figure = PairedFigure(
-        base=0.5, base_error=0.05, adapter=0.5 + change, error=0.05, change=change, change_error=error
+        base=base, base_error=0.05, adapter=base + change, error=0.05, change=change, change_error=error
     )
     return PreferenceInfo(objective="dpo", beta=0.1, reference="base", rows=100, accuracy=figure, margin=figure)
 
@@ -451,3 +451,8 @@ def test_advice_follows_figures(change, gain, advice):
     result = EvalResult(base_loss=3.0, loss=3.0 - gain, gain=gain, standard_error=0.01, rows=100, tokens=1000)
     given = preference_result.preference_advice(info_with(change, 0.04), result, 1e-3)
     assert given is None if advice is None else given.startswith(advice)
+
+
+def test_perfect_accuracy_needs_no_advice():
+    result = EvalResult(base_loss=3.0, loss=3.0, gain=0.0, standard_error=0.01, rows=100, tokens=1000)
+    assert preference_result.preference_advice(info_with(0.0, 0.0, base=1.0), result, 1e-3) is None

@@ -147,6 +147,7 @@ def test_page_fits_phone_with_enough_contrast(visit, sweep):
             assert min(ratio for ratio, _ in ratios) >= 4.5, (name, scheme, min(ratios))
 
 
+@pytest.mark.slow
 def test_page_requires_key_and_drains_on_shutdown(browser, gpt2, adapters):
     with serving(gpt2, adapters, page=True, api_key=KEY) as served:
         url = served.url
