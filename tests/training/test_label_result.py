@@ -142,6 +142,7 @@ def test_end_of_run_shows_figures(label_settings, gpt2):
     assert "Labels: bad " in done.stderr
 
 
+@pytest.mark.slow
 def test_balanced_run_resumes_bitwise(label_settings, stop_at):
     whole = train(label_settings(name="whole", balance=True, max_steps=5))
     with stop_at(3):

@@ -244,6 +244,7 @@ def test_resume_repeats_run_bitwise(preferring, objective):
     assert cut.manifest.preference == whole.manifest.preference
 
 
+@pytest.mark.slow
 def test_resume_from_parent_keeps_reference(preferring):
     train(preferring(max_steps=4, name="first"))
     settings = {"parent": "first", "max_steps": 6, "seed": 3}
@@ -320,6 +321,7 @@ def test_what_text_loss_chooses_is_refused(preferring, changes):
     assert ("probe" if "learning_rate" in changes else "patience") in str(error.value)
 
 
+@pytest.mark.slow
 def test_sweep_recommends_by_accuracy(preferring):
     rates = (1e-6, 5e-3)
     result = sweep.run_sweep([preferring(max_steps=20, learning_rate=rate) for rate in rates])

@@ -101,6 +101,7 @@ def blend_tab(served):
     return Page(served.service, Metrics(served.service)).blend
 
 
+@pytest.mark.slow
 def test_blend_is_saved_as_command_saves(blend_tab, adapters):
     """With its gain on the held-out rows of both; then it can be chosen."""
     try:

@@ -30,6 +30,7 @@ from .browser import (
 )
 
 
+@pytest.mark.slow
 def test_generate_tab_equals_generate_batch(visit, generator):
     page = visit()
     prompt_of(page).fill(PROMPT)
