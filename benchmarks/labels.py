@@ -22,10 +22,8 @@ from lora_tuner.training.label_result import wilson_interval
 from .measure import Figure, figure
 
 MINUTES = 6.0  # of training steps; with all measurements of the run at most ten on two cores
-ROWS, LENGTH = (
-    2_000,
-    128,
-)  # reviews, of which a fifth is held out; tokens of one, the first and the last
+ROWS = 2_000  # reviews, of which a fifth is held out
+LENGTH = 128  # tokens of one, the first and the last
 MEASURED = 600  # held-out reviews beyond those of the run, for all candidates
 TEMPLATE = "{text}\n\nSentiment: {label}"
 

@@ -15,9 +15,10 @@ from typing import Any
 
 from lora_tuner import TrainConfig, train
 from lora_tuner.adapters.adapter import Adapter
-from lora_tuner.config import EMBEDDED_BASE, RATE_SHARES
+from lora_tuner.config import EMBEDDED_BASE
 from lora_tuner.data.dataset import load_dataset
 from lora_tuner.errors import DivergedError, ignore_events
+from lora_tuner.training.learning_rate import RATE_SHARES
 from lora_tuner.training.setup import prepare_training
 
 from .measure import Figure, figure
@@ -25,10 +26,8 @@ from .measure import Figure, figure
 OPENING, ANSWER = 24, 16  # words
 PAIRS, HELD_OUT = 4_000, 300
 MINUTES = 2.0  # of training steps; with all measurements at most five on two idle cores
-ERRORS, WORST_LOSS = (
-    3.0,
-    0.02,
-)  # accuracy above the base's by so many errors; text loss worse by this share at most
+ERRORS = 3.0  # accuracy above the base's by so many
+WORST_LOSS = 0.02  # text loss worse by this share at most
 SHARES, STEPS = (0.03, 0.1, 0.3, 1.0), 60  # of the learning rate for text
 
 

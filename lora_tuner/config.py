@@ -104,10 +104,6 @@ METHODS: dict[MethodName, MethodInfo] = {
     ),
 }
 
-# Share of the learning rate for text that suits an objective (benchmarks/RESULTS.md, preferences).
-RATE_SHARES: dict[Objective, float] = {"sft": 1.0, "dpo": 0.25, "orpo": 0.5, "kto": 0.25}
-LABEL_RATE_SHARE = 0.25  # of labels, few of which are in a step (benchmarks/labels.py)
-
 
 def _setting(
     default: Any, text: str, panel: str, shown: str | None = None, flag: str | None = None, **bounds: Any

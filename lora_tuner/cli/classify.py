@@ -32,10 +32,7 @@ if TYPE_CHECKING:
     from ..data.readers import Table
     from ..inference.classification import Classification
 
-LABEL_COLUMN, PROBABILITY = (
-    "predicted_label",
-    "probability_",
-)  # of a written table; the latter before a label
+LABEL_COLUMN, PROBABILITY = "predicted_label", "probability_"  # of a written table; the latter before a label
 FORMATS = (".csv", ".jsonl")
 _SHOWN_LABELS, _SHOWN_CHARS = 10, 60
 

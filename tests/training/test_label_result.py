@@ -20,13 +20,12 @@ from lora_tuner import (
 )
 from lora_tuner.adapters.adapter import CARD_FILE, CONFUSION_FILE, MANIFEST_FILE, RUN_FILE
 from lora_tuner.cli.options import eval_sets_from
-from lora_tuner.config import LABEL_RATE_SHARE
 from lora_tuner.data.labels import split_label
 from lora_tuner.errors import TrainingError
 from lora_tuner.models import fsdp
 from lora_tuner.settings_files import resolve_settings
 from lora_tuner.training import label_result
-from lora_tuner.training.learning_rate import HIGHEST_RATE
+from lora_tuner.training.learning_rate import HIGHEST_RATE, LABEL_RATE_SHARE
 from lora_tuner.training.setup import prepare_training
 
 from .. import tiny_models
