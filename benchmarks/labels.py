@@ -7,6 +7,7 @@ cross-validation (scikit-learn, in the extra `bench`). All are measured on the s
 import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from lora_tuner import Generator, ModelOptions, TrainConfig, classify, train
 from lora_tuner.adapters.label_info import LabelInfo
@@ -59,11 +60,7 @@ def run(rounds: int) -> list[Figure]:
     )
     for seed in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
-            places = {
-                "adapters_dir": f"{folder}/adapters",
-                "runs_dir": f"{folder}/runs",
-                "seed": seed,
-            }
+            places = {"adapters_dir": Path(folder, "adapters"), "runs_dir": Path(folder, "runs"), "seed": seed}
             start = time.perf_counter()
             adapter = train(config.model_copy(update=places), ignore_events)
             seconds = time.perf_counter() - start
@@ -114,7 +111,7 @@ def _bag_of_words(rows: Dataset, measured: Sequence[tuple[str, str]]) -> list[st
     texts, labels = zip(*map(split_label, rows.train), strict=True)
     model = make_pipeline(
         TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True),
-        LogisticRegressionCV(max_iter=1000),
+        LogisticRegressionCV(max_iter=1000, l1_ratios=(0,), use_legacy_attributes=False),
     )
     model.fit(texts, labels)
     return [str(label) for label in model.predict([text for text, _ in measured])]

@@ -36,7 +36,7 @@ FIRST_STEP, MAX_TRIES = 2e-3, 10  # length of the first step tried, and how many
 MIN_TOKENS, MAX_TOKENS = 1_000, 4_000  # of each of two samples: learned at least, in all at most
 LOWEST_RATE, HIGHEST_RATE = 1e-5, 4e-3
 # Shares of the rate for text (benchmarks/RESULTS.md, preferences and labels); of labels few are in a step.
-RATE_SHARES, LABEL_RATE_SHARE = {"dpo": 0.25, "orpo": 0.5, "kto": 0.25}, 0.25
+RATE_SHARES, LABEL_RATE_SHARE = {"dpo": 0.1, "orpo": 0.5, "kto": 0.25}, 0.25
 PROBE_SHARE = 1 / 5  # of the steps of the run
 MAX_RUNS, MIN_RUNS = 5, 3
 MAX_STEPS, MIN_STEPS = 200, 20  # of each
