@@ -1,4 +1,7 @@
+import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -52,3 +55,35 @@ def test_version_ranges_match_tested_versions():
     ]
     assert pythons == ["3.11"]
     assert project["requires-python"] == ">=3.11"
+
+
+def test_docker_image_copies_what_exists():
+    """The build copies files that are there and not ignored, installs extras that exist, and runs without rights."""
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    ignore = (ROOT / ".dockerignore").read_text().split()
+    assert ignore[0] == "*"
+    copied = {
+        name for line in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.MULTILINE) for name in line.split()
+    }
+    assert copied == {name[1:] for name in ignore if name[0] == "!"}
+    assert all((ROOT / name).exists() for name in copied)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (extras,) = re.findall(r"/src\[(.*?)\]", text)
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    assert text.index("\nUSER ") < text.index("\nENTRYPOINT ")
+
+
+def test_documented_docker_commands_parse():
+    """What the image runs by itself, and what docs/serving.md tells it to run, are commands of `lora-tuner`."""
+    import typer
+
+    from lora_tuner.cli.app import app
+
+    (default,) = re.findall(r"^CMD (\[.*\])$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    documented = re.findall(
+        r"^docker run .* lora_tuner(?::cuda)?(?: (.*))?$", (ROOT / "docs/serving.md").read_text(), re.M
+    )
+    assert len(documented) == 3
+    for arguments in [json.loads(default), *map(shlex.split, filter(None, documented))]:
+        name, *options = arguments
+        typer.main.get_command(app).commands[name].make_context(name, options)
