@@ -111,7 +111,7 @@ def _bag_of_words(rows: Dataset, measured: Sequence[tuple[str, str]]) -> list[st
     texts, labels = zip(*map(split_label, rows.train), strict=True)
     model = make_pipeline(
         TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True),
-        LogisticRegressionCV(max_iter=1000, l1_ratios=(0,), use_legacy_attributes=False),
+        LogisticRegressionCV(max_iter=1000, l1_ratios=(0,), scoring="accuracy", use_legacy_attributes=False),
     )
     model.fit(texts, labels)
     return [str(label) for label in model.predict([text for text, _ in measured])]
