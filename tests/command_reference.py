@@ -31,11 +31,11 @@ def _describe(path: str, command: object, lines: list[str]) -> None:
         examples = ["", *examples] if examples not in ([], [usage]) else []
         lines += ["", f"## {path}{name}", "", "\n\n".join(texts), "", "```", usage, *examples, "```"]
         for title, params in panels.items():
-            lines += ["", f"**{title}**", ""]
-            for param in params:
-                if param.name != "help":
-                    default = f" Default: {default_text(param)}." if default_text(param) else ""
-                    lines.append(f"- `{option_usage(param, ctx)}`: {param.help}{default}")
+            described = [param for param in params if param.name != "help"]
+            lines += ["", f"**{title}**", ""] if described else []
+            for param in described:
+                default = f" Default: {default_text(param)}." if default_text(param) else ""
+                lines.append(f"- `{option_usage(param, ctx)}`: {param.help}{default}")
         if documents:
             lines += ["", documents]
 

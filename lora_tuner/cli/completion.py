@@ -12,8 +12,7 @@ import typer
 from ..config import TrainConfig
 from ..errors import ConfigError, LoraTunerError
 from ..text import CODE_EXTENSIONS, DATA_EXTENSIONS, data_extension
-from .display import print_stderr
-from .help import PROGRAM, SCRIPT
+from .display import PROGRAM, SCRIPT, print_stderr
 
 INSTALL_OPTIONS = {"--install-completion", "--show-completion"}
 

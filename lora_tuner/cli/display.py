@@ -20,10 +20,16 @@ from ..text import CONTROL_CHARACTERS, describe_gain, escape_control, format_gai
 from .streams import is_reader_gone, stdout_error
 
 BASE_LABEL = "(base)"  # not a valid adapter name
+PROGRAM, SCRIPT = "python cli.py", "lora-tuner"  # the latter is installed as a command
+
+
+def as_typed(text: str) -> str:
+    """Return a text whose commands begin as this one did: a wheel has no cli.py."""
+    return text.replace(PROGRAM, SCRIPT) if Path(sys.argv[0]).stem == SCRIPT else text
 
 
 def print_stderr(text: str) -> None:
-    print(shorten(one_line(text)), file=sys.stderr)
+    print(shorten(one_line(as_typed(text))), file=sys.stderr)
 
 
 def describe_template(name: str, template: tuple[str, str | None], prompts: Iterable[str]) -> list[str]:

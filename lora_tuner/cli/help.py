@@ -8,9 +8,8 @@ from typing import Any
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
-from .display import color_system
+from .display import PROGRAM, SCRIPT, color_system
 
-PROGRAM, SCRIPT = "python cli.py", "lora-tuner"  # the latter is installed as a command
 _MOST_USED = {"train": ("dataset", "name", "minutes", "base", "preview")}  # they come first
 MAX_WIDTH = 120  # longer lines are hard to read
 _Parameter = TyperOption | TyperArgument

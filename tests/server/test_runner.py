@@ -125,7 +125,7 @@ def test_missing_serve_extra_is_named(monkeypatch):
     with pytest.raises(ModuleNotFoundError):  # of this package, so it is not the extra
         run("serve")
     monkeypatch.delitem(sys.modules, "lora_tuner.server.runner")
-    error = "Error: serve needs FastAPI, uvicorn and Gradio: run `pip install -e '.[serve]'`.\n"
+    error = "Error: serve needs FastAPI, uvicorn and Gradio: run `pip install 'lora_tuner[serve]'`.\n"
     for package in ("gradio", "uvicorn"):
         with monkeypatch.context() as patch:
             for name in ("playground.app", "playground.page", "runner"):
