@@ -1,4 +1,6 @@
-"""Progress on stderr: a bar on a terminal, else lines. The default event handler of runs."""
+"""Progress of runs, the default event handler: a bar on a terminal, else lines.
+
+They go to stderr, in a notebook to stdout."""
 
 import contextlib
 import time
@@ -62,6 +64,8 @@ class Display:
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
+        if self.console.is_jupyter:  # stderr is red there, and rich writes bars and lines as HTML
+            self.console = Console(highlight=False, force_jupyter=False, force_terminal=False)
         self.bar: progress.Progress | None = None
         self.stage = ""
         self.stages: dict[str, TimeLeft] = {}  # one continues after another has interrupted it

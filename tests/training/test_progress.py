@@ -165,3 +165,25 @@ def test_bar_is_stopped_after_an_error():
     with pytest.raises(ConfigError), progress.closing(shown):
         raise ConfigError("wrong")
     assert shown.bar is None
+
+
+def test_notebook_has_plain_lines(monkeypatch, capsys):
+    """No bar, though Jupyter sets FORCE_COLOR, and no HTML of rich; stderr would be red."""
+
+    class ZMQInteractiveShell:
+        """By this name rich knows a notebook."""
+
+    monkeypatch.setattr("builtins.get_ipython", ZMQInteractiveShell, raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    clock = Clock(monkeypatch)
+    clock.show(Notice("[red]said"))
+    for done in range(1, 4):
+        clock.step(20.0, done, 3, detail="loss 3.0")
+    clock.show.close()
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert captured.out.splitlines() == [
+        "[red]said",
+        "training 2/3  loss 3.0  20 s left",
+        "training 3/3  loss 3.0",
+    ]
