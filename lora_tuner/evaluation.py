@@ -16,11 +16,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import IO, Protocol, TypeVar
 
 import torch
 
 from . import atomic_io, distributed
+from .adapters import plots, summaries
 from .adapters.adapter import RUN_FILE, WEIGHTS_FILE, Adapter
 from .adapters.library import check_distinct_names
 from .adapters.manifest import EvalResult
@@ -29,14 +30,7 @@ from .config import HELD_OUT_MAX_TOKENS, ModelOptions
 from .data import eval_sets, packing, tokenization
 from .data.eval_sets import EvalSet
 from .data.tokenization import TokenIds
-from .errors import (
-    AdapterError,
-    BaseModelError,
-    EventHandler,
-    Notice,
-    Progress,
-    ignore_events,
-)
+from .errors import AdapterError, BaseModelError, EventHandler, Notice, Progress, ignore_events
 from .inference.multi_lora import MultiLora
 from .models import fsdp, fused_blocks, loading, lora, memory, packing_checks
 from .models.loading import LoadedBase
@@ -83,6 +77,7 @@ class HeldOutLoss:
 
 
 LossPair = tuple[HeldOutLoss, HeldOutLoss]  # of the base, and of the adapter
+Context = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -104,9 +99,23 @@ class GainMatrix:
             "base": self.base,
             "sets": [{"name": rows.name, "rows": len(rows.texts), "missing": rows.missing} for rows in self.sets],
             "adapters": [
-                _adapter_dict(name, cells) for name, cells in zip(self.adapters, self.cells, strict=True)
+                {"name": name, "results": [cell and cell.to_dict() for cell in cells]}
+                for name, cells in zip(self.adapters, self.cells, strict=True)
             ],
         }
+
+    def summary(self) -> summaries.Summary:
+        """Tables of losses and of gains, and the reasons why sets have no column."""
+        columns = [f"{rows.name}\n{rows.format_rows()}" for rows in self.sets]
+        missing = [f"{rows.name} has no column: {rows.missing}." for rows in self.sets if rows.missing]
+        return [*summaries.gain_tables(self.base, self.adapters, columns, self.cells), *missing]
+
+    def plot(self, to: Path | IO[bytes]) -> None:
+        """Write a heat map of the gains as a PNG file."""
+        plots.plot_gains(self.base, self.adapters, [rows.name for rows in self.sets], self.cells, to)
+
+    def _repr_html_(self) -> str:
+        return summaries.to_html(self.summary())
 
 
 def evaluate(
@@ -120,6 +129,10 @@ def evaluate(
 
     Price: one pass over the rows for each cell, and one for the base. Results are kept in the
     user's cache.
+
+    Examples:
+        >>> evaluate(Library().get_all(["noir", "verse"]), eval_rows=5).adapters
+        ['noir', 'verse']
 
     Args:
         sets: by default, for each adapter, the rows that it was evaluated on when it was trained.
@@ -259,7 +272,7 @@ def _encode_and_measure(
     access: ModelAccess,
     max_tokens: int,
     vocab_size: int = 0,
-    context: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    context: Context = contextlib.nullcontext,
 ) -> tuple[list[list[TokenIds]], list[HeldOutLoss | None]]:
     """The rows of each set as tokens, and the loss of the base on them; None without rows.
 
@@ -326,7 +339,7 @@ def measure_loss(
     *,
     batch_tokens: int | None = None,
     stage: str = "held-out loss",
-    context: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    context: Context = contextlib.nullcontext,
     access: ModelAccess = direct_access,
 ) -> HeldOutLoss:
     """Measure the loss of a model on tokenized rows. Its training mode is restored.
@@ -369,7 +382,7 @@ def measure_base_loss(
     rows: Sequence[TokenIds],
     notify: EventHandler = ignore_events,
     access: ModelAccess = direct_access,
-    context: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    context: Context = contextlib.nullcontext,
 ) -> HeldOutLoss:
     """`measure_loss` of the plain base, kept in the user's cache.
 
@@ -519,21 +532,7 @@ def _select_sets(
     return selected
 
 
-def _adapter_dict(name: str, cells: Sequence[EvalResult | None]) -> dict[str, object]:
-    return {
-        "name": name,
-        "results": [
-            None if cell is None else cell.model_dump() | {"perplexity": cell.perplexities[1]} for cell in cells
-        ],
-    }
-
-
-def _nll(
-    model: torch.nn.Module,
-    base: LoadedBase,
-    rows: Sequence[TokenIds],
-    context: Callable[[], AbstractContextManager[None]],
-) -> list[float]:
+def _nll(model: torch.nn.Module, base: LoadedBase, rows: Sequence[TokenIds], context: Context) -> list[float]:
     """Summed negative log-likelihood of each row in nats, computed as one batch."""
     with contextlib.ExitStack() as stack, torch.no_grad(), base.lm_head.skip_lm_head(), context():
         stack.callback(model.train, model.training)

@@ -1,5 +1,6 @@
 """Text for users: sizes, durations, lists. Names of adapters and datasets; extensions of files."""
 
+import datetime
 import difflib
 import itertools
 import math
@@ -117,6 +118,21 @@ def format_duration(seconds: float) -> str:
     else:
         count, unit = seconds / 86400, "d"
     return f"{count:.1f} {unit}" if count < 10 else f"{count:,.0f} {unit}"
+
+
+def format_age(created: str) -> str:
+    """Time since an ISO 8601 timestamp; `?` if it is invalid."""
+    try:
+        age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(created)
+    except (ValueError, TypeError):  # TypeError: without a time zone
+        return "?"
+    return format_duration(max(age.total_seconds(), 0.0))
+
+
+def format_created(created: str) -> str:
+    """Format a timestamp as in "3 min ago"; `?` if it is invalid."""
+    age = format_age(created)
+    return age if age == "?" else f"{age} ago"
 
 
 def format_bytes(count: float) -> str:

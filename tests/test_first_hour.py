@@ -148,9 +148,9 @@ def walk(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_TUNER_CACHE", str(tmp_path / "cache"))
     tokens = AutoTokenizer.from_pretrained(tiny)(SAID)["input_ids"]
     monkeypatch.setattr("lora_tuner.inference.sequence.make_logits_processors", saying(tokens))
-    for module in ("adapters", "runs"):
+    for module in ("text", "cli.runs"):
         # A column is as wide as it is.
-        monkeypatch.setattr(f"lora_tuner.cli.{module}.format_age", lambda _: "5 s")
+        monkeypatch.setattr(f"lora_tuner.{module}.format_age", lambda _: "5 s")
 
     def call(columns, steps):
         monkeypatch.setenv("COLUMNS", str(columns))

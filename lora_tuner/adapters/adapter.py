@@ -7,8 +7,8 @@ tensor names, not of the config's patterns; `peft_config` checks the other setti
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,16 @@ from pydantic import ValidationError
 
 from .. import atomic_io
 from ..errors import AdapterError
-from ..text import NAME_PATTERN, format_names
+from ..text import NAME_PATTERN, format_bytes, format_names
 from . import expert_names, other_formats, peft_config, safetensors_header
 from .manifest import Manifest, ParentInfo, WeightsInfo
 from .peft_config import CONFIG_FILE as CONFIG_FILE
 from .peft_config import WEIGHTS_FILE as WEIGHTS_FILE
 from .replaced import ReplacedNames, find_replaced
-from .report import REPORT_FILE, AdapterReport, read_report
+from .report import REPORT_FILE, TITLES, AdapterReport, read_report
 from .safetensors_header import read_json
-from .samples import SAMPLES_FILE, Sample, read_samples
+from .samples import COLUMNS, SAMPLES_FILE, Sample, read_samples
+from .summaries import Table, adapter_rows, format_method, format_ranks, to_html
 
 MANIFEST_FILE, RUN_FILE, CARD_FILE = "manifest.json", "run.yaml", "README.md"
 METRICS_FILE, LOSS_PLOT_FILE, SPECTRUM_FILE = "metrics.jsonl", "loss.png", "spectrum.png"
@@ -48,9 +49,9 @@ class Adapter:
     """An adapter folder that passed `load_adapter_folder`. Its tensors are not in memory."""
 
     path: Path
-    config: dict[str, Any]
-    manifest: Manifest | None
-    tensors: dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape)
+    config: dict[str, Any] = field(repr=False)
+    manifest: Manifest | None = field(repr=False)
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = field(repr=False)  # name -> (dtype, shape)
     bytes: int = 0  # of weights and config
 
     @property
@@ -65,6 +66,12 @@ class Adapter:
     def samples(self) -> list[Sample]:
         """Texts of base and adapter for the same prompts, from start to end of its training."""
         return read_samples(self.path / SAMPLES_FILE)
+
+    @property
+    def final_samples(self) -> list[Sample]:
+        """Those of the step whose weights it has."""
+        run = self.manifest.run if self.manifest else None
+        return [sample for sample in self.samples if run and sample.step == run.kept_step]
 
     @cached_property
     def report(self) -> AdapterReport | None:
@@ -152,45 +159,23 @@ class Adapter:
 
     def rank_of(self, module: str) -> int:
         """Rank of one layer, `rank_pattern` included."""
-        return int(self._pattern_value("rank_pattern", module) or self.rank)
+        return int(self._patterns.value("rank_pattern", module) or self.rank)
 
     def scale_of(self, module: str) -> float:
         """Factor of one layer's B x A: alpha / rank or, with rsLoRA, alpha / sqrt(rank)."""
-        alpha = self._pattern_value("alpha_pattern", module)
+        alpha = self._patterns.value("alpha_pattern", module)
         rank = self.rank_of(module)
         divisor = math.sqrt(rank) if self.config.get("use_rslora") else rank
         return float(self.config["lora_alpha"] if alpha is None else alpha) / divisor
 
     def layer_patterns(self) -> dict[str, dict[str, float]]:
-        """`rank_pattern` and `alpha_pattern` with the names of the adapted layers as keys: PEFT
-        would match a stranger's expressions without a limit of time."""
-        names = sorted(self.modules, key=len, reverse=True)  # the first key that matches an end counts
-        patterns: dict[str, dict[str, float]] = {}
-        for setting in ("rank_pattern", "alpha_pattern"):
-            values = {module: self._pattern_value(setting, module) for module in names}
-            patterns[setting] = {module: value for module, value in values.items() if value is not None}
-        return patterns
-
-    def _pattern_value(self, setting: str, module: str) -> float | None:
-        """Value of the first key that matches the end of a layer's name, as in PEFT."""
-        if (setting, module) not in self._pattern_values:
-            index = self._matchers[setting].first_match(module)
-            values = list((self.config.get(setting) or {}).values())
-            self._pattern_values[setting, module] = None if index is None else values[index]
-        return self._pattern_values[setting, module]
+        """`rank_pattern` and `alpha_pattern` with the names of the adapted layers as keys."""
+        return self._patterns.by_layer(self.modules)
 
     @cached_property
-    def _pattern_values(self) -> dict[tuple[str, str], float | None]:
-        """Cache of `_pattern_value`: matching a thousand keys is slow."""
-        return {}
-
-    @cached_property
-    def _matchers(self) -> dict[str, peft_config.PatternMatcher]:
-        matchers = {}
-        for setting in ("rank_pattern", "alpha_pattern"):
-            keys = self.config.get(setting) or {}
-            matchers[setting] = peft_config.PatternMatcher(map(peft_config.layer_expression, keys))
-        return matchers
+    def _patterns(self) -> peft_config.LayerPatterns:
+        settings = peft_config.PATTERN_SETTINGS
+        return peft_config.LayerPatterns({setting: self.config.get(setting) or {} for setting in settings})
 
     def layer_size(self, module: str) -> tuple[int, ...]:
         """(in, out) of the base's layer that `module` adapts; (experts, in, out) of experts."""
@@ -229,6 +214,30 @@ class Adapter:
             "bytes": self.bytes,
             **manifest,
         }
+
+    def summary_rows(self) -> list[tuple[str, str]]:
+        """Name and text of each row of a summary. Texts may come from an untrusted manifest."""
+        alpha = "alpha per layer" if self.config.get("alpha_pattern") else f"alpha {self.config['lora_alpha']}"
+        kind = f"{format_method(self.config)}, {format_ranks(map(self.rank_of, self.modules))}, {alpha}"
+        weights = [
+            ("Adapter", f"{kind}, on {', '.join(self.targets)}"),
+            ("In place of the base's", str(self.replaced)),
+            ("Size", f"{self.parameters:,} parameters, {format_bytes(self.bytes)}"),
+            ("Added tokens", ", ".join(f"{token} ({number})" for token, number in self.added_tokens.items())),
+        ]
+        return adapter_rows(self.base, weights, self.manifest)
+
+    def _repr_html_(self) -> str:
+        """Summary, texts and report for notebooks; a message where the folder is damaged."""
+        return to_html(self._summary())
+
+    def _summary(self) -> Iterator[Table]:
+        yield Table(self.summary_rows(), title=self.name)
+        if samples := self.final_samples:
+            yield Table([sample.shown for sample in samples], COLUMNS)
+        if report := self.report:
+            yield Table([(TITLES[name], " ".join(part.sentences)) for name, part in report.parts()])
+        load_adapter_folder(self.path)  # it may have been damaged since it was read
 
 
 def _format_size(size: tuple[int, ...]) -> str:
@@ -361,7 +370,7 @@ def _tensor_problems(adapter: Adapter) -> list[str]:
     if not adapter.modules:
         problems.append("it has no LoRA tensors")
     problems += expert_names.unnamed_parameters(adapter.modules)
-    keys = max(len(adapter.config.get(key) or {}) for key in ("rank_pattern", "alpha_pattern"))
+    keys = max(len(adapter.config.get(key) or {}) for key in peft_config.PATTERN_SETTINGS)
     if keys * len(adapter.modules) > _MAX_PATTERN_MATCHES:
         return [f"{len(adapter.modules):,} layers are too many for the {keys:,} pattern keys in {CONFIG_FILE}"]
     try:

@@ -19,7 +19,16 @@ import yaml
 from .. import atomic_io
 from ..config import TrainConfig
 from ..errors import AdapterError
-from ..text import NAME_PATTERN, default_adapter_name, did_you_mean, format_names
+from ..text import (
+    NAME_PATTERN,
+    default_adapter_name,
+    did_you_mean,
+    display_name,
+    format_bytes,
+    format_created,
+    format_gain,
+    format_names,
+)
 from . import other_formats
 from .adapter import (
     CARD_FILE,
@@ -33,6 +42,7 @@ from .adapter import (
     validate_name,
 )
 from .manifest import ParentInfo
+from .summaries import Summary, Table, to_html
 
 T = TypeVar("T")
 FolderIdentity = tuple[tuple[int, ...] | None, ...]
@@ -64,7 +74,14 @@ def current_name(parent: ParentInfo, hashes: Sequence[tuple[str, str]]) -> str |
 
 @dataclass(frozen=True)
 class Library:
-    """A folder with one adapter per subfolder."""
+    """A folder with one adapter per subfolder.
+
+    Examples:
+        >>> Library().names()  # of the folder adapters
+        ['noir', 'verse']
+        >>> Library().get("noir").rank
+        8
+    """
 
     path: Path = Path("adapters")
 
@@ -89,6 +106,14 @@ class Library:
             except AdapterError as error:
                 if os.path.lexists(self.path / name):  # else it was removed in the meantime
                     yield name, error
+
+    def _repr_html_(self) -> str:
+        """The adapters as a table, for notebooks."""
+
+        def parts() -> Iterator[Table | str]:
+            yield from describe_entries([*self.entries()]) or [f"No adapters in {self.path} yet."]
+
+        return to_html(parts())
 
     def get(self, name: str | Path) -> Adapter:
         """The adapter with this name or, if there is none, at this path."""
@@ -216,6 +241,39 @@ class Library:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # taken in the meantime
                 self.check_name_free(name, overwrite=overwrite, advice=advice)
             raise
+
+
+def describe_entries(entries: Sequence[tuple[str, Adapter | AdapterError]]) -> Summary:
+    """Return a table of adapters, and sentences about broken ones."""
+    rows, broken, hashes = list[tuple[str, ...]](), list[str](), list[tuple[str, str]]()
+    for name, entry in entries:
+        if isinstance(entry, Adapter) and entry.manifest and entry.manifest.weights:
+            hashes.append((name, entry.manifest.weights.sha256))
+    for name, adapter in entries:
+        if isinstance(adapter, AdapterError):
+            broken.append(f"{name} is broken: {adapter}")
+            continue
+        manifest = adapter.manifest
+        data, result = (manifest.data, manifest.result) if manifest else (None, None)
+        parents = (
+            [current_name(parent, hashes) or parent.name for parent in manifest.parents] if manifest else ["?"]
+        )
+        rows.append(
+            (
+                name,
+                adapter.base,
+                str(adapter.rank),
+                display_name(data.name) if data else "?",
+                format_bytes(adapter.bytes),
+                format_gain(result.gain, result.standard_error, ".2f") if result else "?",
+                format_created(manifest.created) if manifest else "?",
+                ", ".join(parents),
+            )
+        )
+    header = ("adapter", "base", "rank", "data", "size", "gain", "created", "parent")
+    shown = slice(None if any(row[-1] for row in rows) else -1)  # the last column only if there is a parent
+    table = Table([row[shown] for row in rows], header[shown], droppable=("size", "created"))
+    return [*([table] if rows else []), *broken]
 
 
 def rename_in_card(text: str, old: str, new: str) -> str:

@@ -76,6 +76,10 @@ class EvalResult(_ManifestModel):
     def describe_change(self) -> str:
         return f"{self.format_change()} (change of loss on {self.format_rows()}; above zero is worse)"
 
+    def to_dict(self) -> dict[str, object]:
+        """All figures for JSON, with the perplexity of the adapter."""
+        return self.model_dump() | {"perplexity": self.perplexities[1]}
+
     @property
     def perplexities(self) -> tuple[float, float]:
         """Perplexity of the base and of the adapter."""

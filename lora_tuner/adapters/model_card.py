@@ -5,71 +5,12 @@ import shlex
 from collections.abc import Sequence
 
 from ..config import HELD_OUT_MAX_TOKENS, is_conversation
-from ..text import (
-    describe_coverage,
-    describe_gain,
-    display_name,
-    format_bytes,
-    format_count,
-    format_counts,
-    format_duration,
-    format_gain,
-    format_rows,
-    format_share,
-)
+from ..text import describe_gain, display_name
 from . import base_config, compatibility
 from .adapter import CONFUSION_FILE, LOSS_PLOT_FILE, SPECTRUM_FILE, Adapter
-from .manifest import BaseInfo, DatasetInfo, Manifest, RunInfo, SourceInfo
+from .manifest import BaseInfo, Manifest
 from .report import card_section, describe_other_text
 from .samples import Sample, samples_table
-
-
-def summary_rows(adapter: Adapter) -> list[tuple[str, str]]:
-    """Name and text of each row of the summary table. Texts may come from an untrusted manifest."""
-    manifest = adapter.manifest
-    base = (
-        f"{display_name(manifest.base.name)} ({manifest.base.weights})" if manifest else adapter.base or "unknown"
-    )
-    alpha = "alpha per layer" if adapter.config.get("alpha_pattern") else f"alpha {adapter.config['lora_alpha']}"
-    rows = [
-        ("Base", base),
-        (
-            "Adapter",
-            f"{_method_name(adapter)}, {format_ranks(adapter)}, {alpha}, on {', '.join(adapter.targets)}",
-        ),
-        ("In place of the base's", str(adapter.replaced)),
-        ("Size", f"{adapter.parameters:,} parameters, {format_bytes(adapter.bytes)}"),
-    ]
-    if manifest is None:
-        return [*((name, text) for name, text in rows if text), ("Origin", "another tool (no manifest)")]
-    data, run, result = manifest.data, manifest.run, manifest.result
-    rows += [
-        ("Added tokens", ", ".join(f"{token} ({number})" for token, number in adapter.added_tokens.items())),
-        ("Parents", ", ".join(f"{parent.name} ({parent.sha256[:12]})" for parent in manifest.parents)),
-        ("Command", f"`{manifest.made_by}`" if manifest.made_by else ""),
-        *(_dataset_rows(data) if data else []),
-        ("Text used", _format_use(run) if run else ""),
-        ("Run", _format_run(run) if run else ""),
-        ("Learning rate", run.probe.describe() if run and run.probe else ""),
-        ("Coverage", _format_coverage(run) if run else ""),
-    ]
-    if result:
-        before, after = result.perplexities
-        rows += [
-            ("Held-out loss", f"{result.loss:.3f} (base: {result.base_loss:.3f})"),
-            (
-                "Gain",
-                f"{format_gain(result.gain, result.standard_error)}"
-                f"{f' (standard error, {result.format_rows()}, paired)' if result.standard_error is not None else ''}: "
-                f"{describe_gain(result.gain)}",
-            ),
-            ("Perplexity", f"{after:.2f} (base: {before:.2f})"),
-            *(manifest.preference.card_rows() if manifest.preference else []),
-            *(manifest.labels.card_rows() if manifest.labels else []),
-            ("General text", manifest.general.describe_change() if manifest.general else ""),
-            ("Advice", (run.advice if run else None) or ""),
-        ]
-    return [(name, text) for name, text in rows if text]
 
 
 def model_card(adapter: Adapter, name: str, prompts: Sequence[str] = ()) -> str:
@@ -94,7 +35,7 @@ def model_card(adapter: Adapter, name: str, prompts: Sequence[str] = ()) -> str:
     )
     base = _escape_markdown(display_name(manifest.base.name))
     dataset = _escape_markdown(display_name(data.name)) if data else "its training data"
-    rows = [(key, _escape_markdown(text).replace("|", "\\|")) for key, text in summary_rows(adapter)]
+    rows = [(key, _escape_markdown(text).replace("|", "\\|")) for key, text in adapter.summary_rows()]
     table = "\n".join(f"| {key} | {text} |" for key, text in rows)
     pictures = "".join(
         f"\n![{title}]({file})\n" for title, file in _PICTURES.items() if (adapter.path / file).is_file()
@@ -119,7 +60,7 @@ A LoRA adapter for {base}, trained on {dataset}.
 The loss is the mean negative log-likelihood per token, in nats, of held-out rows, measured one at a time, truncated to
 {HELD_OUT_MAX_TOKENS} tokens, end of text included.
 {"`run.yaml` repeats the run; " if run else ""}`manifest.json` has these figures and the hashes of base, data and weights.
-{pictures}{_samples_section(final_samples(adapter), prompts)}{card_section(adapter.report)}
+{pictures}{_samples_section(adapter.final_samples, prompts)}{card_section(adapter.report)}
 ## Limitations
 
 {limits}
@@ -164,12 +105,6 @@ def _describe_training(manifest: Manifest) -> str:
     others = f"rows of {display_name(data.eval_dataset)}" if data.eval_dataset else "other rows"
     measured = f"; {data.held_out_rows:,} {others} measured it" if data.held_out_rows else ""
     return f"It was trained on {kind} from {display_name(data.source)}{where}{measured}."
-
-
-def final_samples(adapter: Adapter) -> list[Sample]:
-    """Return the samples of the step whose weights the adapter has."""
-    run = adapter.manifest.run if adapter.manifest else None
-    return [sample for sample in adapter.samples if run and sample.step == run.kept_step]
 
 
 def _samples_section(samples: Sequence[Sample], held_out: Sequence[str]) -> str:
@@ -235,73 +170,6 @@ def _describe_prompt(prompts: Sequence[str], adapter: Adapter) -> str:
 def _escape_markdown(text: str) -> str:
     """Join lines and escape HTML: a manifest may be untrusted."""
     return " ".join(text.split()).replace("<", "&lt;")
-
-
-def _method_name(adapter: Adapter) -> str:
-    if adapter.config.get("use_dora"):
-        return "DoRA"
-    return "rsLoRA" if adapter.config.get("use_rslora") else "LoRA"
-
-
-def format_ranks(adapter: Adapter) -> str:
-    ranks = {adapter.rank_of(module) for module in adapter.modules}
-    return f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
-
-
-def _dataset_rows(data: DatasetInfo) -> list[tuple[str, str]]:
-    split = f" ({data.eval_split})" if data.eval_split else ""
-    return [
-        ("Data", display_name(data.source)),
-        ("Format", _format_layout(data)),
-        ("Filter", ", ".join(data.where)),
-        ("Rows", format_counts(data.counts)),
-        *((f"From {display_name(source.name)}", _format_source(source)) for source in data.sources),
-        ("Held out by", data.group_by or ""),
-        ("Evaluated on", f"{display_name(data.eval_dataset)}{split}" if data.eval_dataset else ""),
-    ]
-
-
-def _format_source(source: SourceInfo) -> str:
-    parts = [f"{format_share(source.weight)} of the sequences"] if source.weight else []
-    parts.append(format_counts(source.counts))
-    if result := source.result:
-        loss = f"held-out loss {result.loss:.3f} (base: {result.base_loss:.3f})"
-        parts.append(f"{loss}, gain {format_gain(result.gain, result.standard_error)}, {result.format_rows()}")
-    return "; ".join(parts)
-
-
-def _format_layout(data: DatasetInfo) -> str:
-    if data.format.startswith("preferences"):
-        return "preferences, of which the answers count"
-    formats = data.format.split(" + ")
-    if conversations := [name for name in formats if is_conversation(name)]:
-        rest = "; other rows as text" if len(conversations) < len(formats) else ""
-        return f"conversations ({' + '.join(conversations)}), trained on the answers alone{rest}"
-    if data.template is None:
-        return ""
-    template = data.template.replace("\n", "\\n")
-    return f"template {template}" + (f", trained on {data.answer_column} alone" if data.answer_column else "")
-
-
-def _format_use(run: RunInfo) -> str:
-    if run.used_answer_share is not None:
-        tokens, answers = format_share(run.used_share or 0), format_share(run.used_answer_share)
-        return (
-            f"{tokens} of the tokens, {answers} of those of answers; {format_rows(run.truncated_rows)} truncated"
-        )
-    return format_share(run.used_share) if run.used_share is not None else ""
-
-
-def _format_run(run: RunInfo) -> str:
-    return (
-        f"{run.method}, {format_count(run.steps, 'step')}, {format_count(run.tokens, 'token')}, "
-        f"{format_duration(run.seconds)} on {run.device} in {run.dtype}"
-    )
-
-
-def _format_coverage(run: RunInfo) -> str:
-    """Share of the blocks that is adapted; empty for older manifests, which do not tell it."""
-    return "" if run.coverage is None else describe_coverage(run.coverage, run.not_adapted)
 
 
 def _usage_section(adapter: Adapter, name: str, base: str, prompt: str) -> str:

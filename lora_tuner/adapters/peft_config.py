@@ -17,6 +17,7 @@ from ..config import MAX_ALPHA, MAX_RANK
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 SCALING_KEYS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+PATTERN_SETTINGS = ("rank_pattern", "alpha_pattern")
 MAX_PATTERNS = 1_000
 # CPU time for all keys of a pattern on all layers; usual ones take milliseconds.
 _MATCH_SECONDS = 2.0
@@ -143,6 +144,40 @@ class PatternMatcher:
         finally:
             self._seconds_left -= time.process_time() - start
         return None
+
+
+class LayerPatterns:
+    """Values of `rank_pattern` and `alpha_pattern` for layers.
+
+    It is that of the first key that matches the end of a name, and kept: matching is slow.
+
+    Args:
+        patterns: value of each key, for each of PATTERN_SETTINGS.
+    """
+
+    def __init__(self, patterns: Mapping[str, Mapping[str, float]]) -> None:
+        self._of_keys = {setting: [*pattern.values()] for setting, pattern in patterns.items()}
+        self._matchers = {
+            setting: PatternMatcher(map(layer_expression, pattern)) for setting, pattern in patterns.items()
+        }
+        self._of_layers: dict[tuple[str, str], float | None] = {}
+
+    def value(self, setting: str, layer: str) -> float | None:
+        """Return the value of a layer, None without one. Raises TimeoutError beyond the limit."""
+        if (setting, layer) not in self._of_layers:
+            index = self._matchers[setting].first_match(layer)
+            self._of_layers[setting, layer] = None if index is None else self._of_keys[setting][index]
+        return self._of_layers[setting, layer]
+
+    def by_layer(self, layers: Iterable[str]) -> dict[str, dict[str, float]]:
+        """Return both settings with the names of layers as keys: PEFT would match a stranger's
+        expressions without a limit of time."""
+        names = sorted(layers, key=len, reverse=True)  # the first key that matches an end counts
+        by_layer: dict[str, dict[str, float]] = {}
+        for setting in PATTERN_SETTINGS:
+            values = {name: self.value(setting, name) for name in names}
+            by_layer[setting] = {name: value for name, value in values.items() if value is not None}
+        return by_layer
 
 
 def layer_expression(key: str) -> str:

@@ -120,7 +120,7 @@ def plot_gains(
     adapters: Sequence[str],
     sets: Sequence[str],
     cells: Sequence[Sequence[EvalResult | None]],
-    path: Path,
+    to: Path | IO[bytes],
 ) -> None:
     """Plot a gain matrix as a heat map: blue is better than the base, red worse, grey not
     evaluated.
@@ -130,7 +130,7 @@ def plot_gains(
         adapters: names of the rows.
         sets: names of the columns, the held-out sets.
         cells: `cells[row][column]`.
-        path: the PNG file to write.
+        to: the PNG file to write.
     """
     import numpy as np
     from matplotlib.figure import Figure
@@ -157,7 +157,7 @@ def plot_gains(
     axes.set(xlabel="held-out set", ylabel="adapter", facecolor="0.85")
     axes.set_title(title, parse_math=False, fontsize=10)
     figure.colorbar(image)
-    figure.savefig(path, format="png", metadata={"Software": None})
+    figure.savefig(to, format="png", metadata={"Software": None})
 
 
 def plot_labels(manifest: Manifest, to: Path | IO[bytes]) -> None:

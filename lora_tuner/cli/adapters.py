@@ -1,21 +1,20 @@
 """The `adapters` commands, `push` and `pull`. None of them loads torch."""
 
-import datetime
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..adapters.adapter import CARD_FILE, Adapter, verify_adapter
-from ..adapters.library import Ancestor, Library, current_name
+from ..adapters.library import Ancestor, Library, describe_entries
 from ..adapters.report import TITLES, AdapterReport
 from ..convert.adopt import adopt
 from ..errors import AdapterError, Notice, os_error_message
 from ..models.layers_in_files import known_coverage
-from ..text import display_name, format_bytes, format_count, format_counts, format_duration, format_gain, one_line
+from ..text import format_bytes, format_count, format_counts, format_created, format_duration, one_line
 from ..training.progress import display
 from .check import check_adapter
-from .display import format_result, print_stderr, print_table, show_fields, show_json
+from .display import format_result, print_parts, print_stderr, print_table, show_fields, show_json
 from .help import HelpGroup
 from .options import (
     DEFAULT_ADAPTERS_DIR,
@@ -59,52 +58,8 @@ def _entry_dict(name: str, entry: Adapter | AdapterError) -> dict[str, object]:
 
 
 def show_adapters(entries: Iterable[tuple[str, Adapter | AdapterError]]) -> None:
-    rows, broken, entries = [], [], list(entries)
-    hashes = [
-        (name, entry.manifest.weights.sha256)
-        for name, entry in entries
-        if isinstance(entry, Adapter) and entry.manifest and entry.manifest.weights
-    ]
-    for name, adapter in entries:
-        if isinstance(adapter, AdapterError):
-            broken.append(f"{name} is broken: {adapter}")
-            continue
-        manifest = adapter.manifest
-        data, result = (manifest.data, manifest.result) if manifest else (None, None)
-        rows.append(
-            (
-                name,
-                adapter.base,
-                str(adapter.rank),
-                display_name(data.name) if data else "?",
-                format_bytes(adapter.bytes),
-                format_gain(result.gain, result.standard_error, ".2f") if result else "?",
-                _format_created(manifest.created) if manifest else "?",
-                ", ".join(current_name(parent, hashes) or parent.name for parent in manifest.parents)
-                if manifest
-                else "?",
-            )
-        )
-    header = ("adapter", "base", "rank", "data", "size", "gain", "created", "parent")
-    shown = slice(None if any(row[-1] for row in rows) else -1)  # the last column only if there is a parent
-    if rows:
-        print_table((row[shown] for row in rows), header[shown], droppable=("size", "created"))
-    for text in broken:
-        print_stderr(text)
-
-
-def format_age(created: str) -> str:
-    """Time since an ISO 8601 timestamp; `?` if it is invalid."""
-    try:
-        age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(created)
-    except (ValueError, TypeError):  # TypeError: without a time zone
-        return "?"
-    return format_duration(max(age.total_seconds(), 0.0))
-
-
-def _format_created(created: str) -> str:
-    age = format_age(created)
-    return age if age == "?" else f"{age} ago"
+    for part in describe_entries([*entries]):
+        print_stderr(part) if isinstance(part, str) else print_parts([part])
 
 
 @adapters_app.command("show", cls=StrictCommand)
@@ -177,7 +132,7 @@ def show_details(adapter: Adapter, ancestors: Sequence[Ancestor], coverage: str 
             )
             fields["run"] = f"{run.method}, {steps} on {run.device} in {run.dtype}{changed}"
         versions = ", ".join(f"{package} {version}" for package, version in manifest.versions.items())
-        age = _format_created(manifest.created)
+        age = format_created(manifest.created)
         created = manifest.created if age == "?" else f"{manifest.created} ({age})"
         fields |= {
             "command": manifest.made_by,

@@ -232,8 +232,8 @@ def _show_written(output: Path, results: "dict[int, Classification]", *, as_json
 def _show(texts: Sequence[str], results: "Sequence[Classification]") -> None:
     """Print all labels of one text, or the likeliest of each of several."""
     if len(results) == 1:
-        ranked = sorted(results[0].probabilities.items(), key=lambda item: -item[1])
-        print_table((label, f"{probability:.3f}") for label, probability in ranked[:_SHOWN_LABELS])
+        (labels,) = results[0].summary()
+        print_table(labels.rows[:_SHOWN_LABELS])
         return
     rows = [
         (

@@ -8,7 +8,7 @@ import typer
 
 from ..adapters.adapter import SPECTRUM_FILE
 from ..adapters.library import Library
-from ..adapters.model_card import format_ranks
+from ..adapters.summaries import format_ranks
 from ..config import MAX_RANK, Dtype, ModelOptions, TrainConfig
 from ..errors import ConfigError
 from ..text import format_bytes, format_count, format_gain, one_line
@@ -211,11 +211,8 @@ def _parse_weight(part: str) -> tuple[str, float]:
 def _show_blend(blended: "BlendResult") -> None:
     adapter = blended.adapter
     assert adapter.manifest is not None
-    print(
-        one_line(
-            f"{adapter.path}  {format_bytes(adapter.bytes)}, {format_ranks(adapter)}: {adapter.manifest.made_by}"
-        )
-    )
+    ranks = format_ranks(map(adapter.rank_of, adapter.modules))
+    print(one_line(f"{adapter.path}  {format_bytes(adapter.bytes)}, {ranks}: {adapter.manifest.made_by}"))
     print(
         "verified against the exact result: largest logit difference "
         f"{blended.comparison.max_logit_difference:.2g}"

@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..adapters import summaries
 from ..adapters.manifest import EvalResult, SourceInfo
 from ..adapters.preference_info import PreferenceInfo
 from ..text import CONTROL_CHARACTERS, describe_gain, escape_control, format_gain, one_line, shorten
 from .streams import is_reader_gone, stdout_error
 
-BASE_LABEL = "(base)"  # not a valid adapter name
+BASE_LABEL = summaries.BASE_LABEL
 PROGRAM, SCRIPT = "python cli.py", "lora-tuner"  # the latter is installed as a command
 
 
@@ -109,6 +110,15 @@ def print_table(
     for row in rows:
         grid.add_row(*(Text(escape_control(cell), overflow="fold") for cell in row))
     stdout_console().print(grid)
+
+
+def print_parts(parts: Iterable[summaries.Table | str]) -> None:
+    """Print tables, and sentences on lines that fit the terminal."""
+    for part in parts:
+        if isinstance(part, str):
+            print_wrapped(part)
+        else:
+            print_table(part.rows, part.header, droppable=part.droppable)
 
 
 def stdout_console() -> Console:

@@ -9,10 +9,11 @@ from rich.cells import cell_len
 
 from .. import atomic_io
 from ..adapters.library import Library
+from ..adapters.summaries import Table
 from ..config import ModelOptions, TrainConfig
 from ..errors import ConfigError
-from ..text import GAIN_SCALE, display_name, format_count, format_gain, one_line, shorten
-from .display import BASE_LABEL, print_picture, print_stderr, print_table, show_json, stdout_console
+from ..text import GAIN_SCALE, format_count, format_gain
+from .display import print_picture, print_stderr, print_table, show_json, stdout_console
 from .options import (
     DEFAULT_ADAPTERS_DIR,
     EVAL_SET_FIELDS,
@@ -99,18 +100,11 @@ def evaluate(
         return
     sets = eval_sets_from(overrides, eval_rows, loaded)
     from .. import evaluation
-    from ..adapters import plots
 
     matrix = evaluation.evaluate(loaded, sets, eval_rows=eval_rows, options=options)
     if plot:
         with atomic_io.atomic_file(plot) as file:
-            plots.plot_gains(
-                matrix.base,
-                matrix.adapters,
-                [eval_set.name for eval_set in matrix.sets],
-                matrix.cells,
-                file,
-            )
+            matrix.plot(file)
     if as_json:
         show_json(matrix.to_dict() | ({"picture": str(plot)} if plot else {}))
         return
@@ -121,25 +115,12 @@ def evaluate(
 
 def show_gains(matrix: "GainMatrix") -> None:
     """Print losses and gains, with a row per adapter and a column per held-out set."""
-    base_losses = []
-    for column in zip(*matrix.cells, strict=True):
-        cell = next((cell for cell in column if cell), None)
-        base_losses.append(f"{cell.base_loss:.2f} ({cell.perplexities[0]:.2f})" if cell else "")
-    losses, gains = [[BASE_LABEL, *base_losses]], []
-    for name, row in zip(matrix.adapters, matrix.cells, strict=True):
-        losses.append([name, *(f"{cell.loss:.2f} ({cell.perplexities[1]:.2f})" if cell else "" for cell in row)])
-        gains.append(
-            [name, *(format_gain(cell.gain, cell.standard_error, "+.2f") if cell else "" for cell in row)]
-        )
-    columns = [f"{eval_set.name}\n{eval_set.format_rows()}" for eval_set in matrix.sets]
-    print("held-out loss (perplexity) on each held-out set")
-    _print_matrix(losses, columns)
-    base = shorten(one_line(display_name(matrix.base)), 40)
-    print(f"\ngain over {base} (loss, ± standard error)\nbelow zero: worse than the base; {GAIN_SCALE}")
-    _print_matrix(gains, columns)
-    for eval_set in matrix.sets:
-        if eval_set.missing:
-            print_stderr(f"{eval_set.name} has no column: {eval_set.missing}.")
+    for number, part in enumerate(matrix.summary()):
+        if isinstance(part, str):
+            print_stderr(part)
+        else:
+            print("\n" * (number > 0) + part.title)
+            _print_matrix(part)
 
 
 def show_probes(adapters: Sequence["Adapter"], *, as_json: bool) -> None:
@@ -184,14 +165,15 @@ def show_leaks(leaks: Sequence["Leak"]) -> None:
         print("\n".join(lines))
 
 
-def _print_matrix(rows: Sequence[Sequence[str]], columns: Sequence[str]) -> None:
-    """Print the columns that have values; on a narrow terminal, a line per cell."""
-    present = [index for index in range(len(columns)) if any(row[index + 1] for row in rows)]
-    names = [column.partition("\n")[0] for column in columns]
-    headers = [("", *lines) for lines in zip(*(column.partition("\n")[::2] for column in columns), strict=True)]
-    widths = [max(map(cell_len, cells)) + 2 for cells in zip(*rows, *headers, strict=True)]
+def _print_matrix(table: Table) -> None:
+    """Print a row for each adapter; on a narrow terminal, a line per cell."""
+    names, sizes = zip(*(column.partition("\n")[::2] for column in table.header), strict=True)
+    widths = [max(map(cell_len, cells)) + 2 for cells in zip(*table.rows, names, sizes, strict=True)]
     if sum(widths) <= stdout_console().width:
-        header = ("", *(columns[index] for index in present))
-        print_table([(row[0], *(row[index + 1] for index in present)) for row in rows], header)
+        print_table(table.rows, table.header)
     else:
-        print_table((row[0], f"on {names[index]}", row[index + 1]) for row in rows for index in present)
+        print_table(
+            (row[0], f"on {name}", cell)
+            for row in table.rows
+            for name, cell in [*zip(names, row, strict=True)][1:]
+        )

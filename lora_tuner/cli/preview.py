@@ -1,4 +1,4 @@
-"""Print what `train --preview` shows: rows as texts and turns, tokens, lengths, dropped copies, prompts; and `--plan`."""
+"""Print what `train --preview` shows: rows as texts and turns, tokens, lengths, dropped copies, prompts."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -6,23 +6,13 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from ..config import TrainConfig
-from ..text import (
-    describe_coverage,
-    escape_control,
-    format_bytes,
-    format_count,
-    format_duration,
-    format_rows,
-    format_share,
-    one_line,
-)
+from ..text import escape_control, format_count, format_rows, one_line
 from .data import show_lengths
-from .display import print_table, print_wrapped, stdout_console
+from .display import print_wrapped, stdout_console
 
 if TYPE_CHECKING:
     from ..analysis.lengths import Lengths
     from ..training.preview import Preview, PreviewedRow
-    from ..training.profiling import RunEstimate
 
 LINE_BREAK = "\u21b5"  # shown where a text has one
 _EXCERPT = 100  # characters of a row that is shown as an example
@@ -156,36 +146,3 @@ def _show_dropped(preview: "Preview") -> None:
     )
     for copy in preview.dropped:
         print_wrapped(f"{one_line(copy.description)}: {_excerpt(copy.text)}", "  ")
-
-
-def show_plan(estimate: "RunEstimate") -> None:
-    total = estimate.base_parameters + estimate.trained_parameters
-    epoch = f" (one epoch: {estimate.steps_per_epoch:,})" if estimate.steps_per_epoch else ""
-    precision = estimate.dtype if estimate.load_in == "full" else estimate.load_in
-    checkpointing = ", gradient checkpointing" if estimate.gradient_checkpointing else ""
-    probe = f"at most {estimate.probe_steps:,} steps, {format_duration(estimate.probe_seconds)}"
-    trained = f"{estimate.trained_parameters:,} of {total:,} ({estimate.trained_parameters / total:.2%})"
-    print_table(
-        [
-            ("steps", f"{estimate.steps:,}{epoch}"),
-            ("seconds per step", f"{estimate.seconds_per_step:.2f} ({estimate.tokens_per_second:,.0f} tokens/s)"),
-            ("training", format_duration(estimate.training_seconds)),
-            ("learning rate", f"{estimate.learning_rate:g}, {estimate.learning_rate_origin}"),
-            *([("probe of it", probe)] if estimate.probe_steps else []),
-            *([("reference", format_duration(reference))] if (reference := estimate.reference_seconds) else []),
-            ("evaluation", format_duration(estimate.held_out_seconds)),
-            ("peak memory", format_bytes(estimate.peak_memory_bytes)),
-            ("base", precision + checkpointing),
-            ("text used", _text_used(estimate)),
-            ("coverage", describe_coverage(estimate.coverage, estimate.not_adapted)),
-            ("trained parameters", trained),
-            ("adapter", format_bytes(estimate.adapter_bytes)),
-        ]
-    )
-    if estimate.advice:
-        print_wrapped(estimate.advice)
-
-
-def _text_used(estimate: "RunEstimate") -> str:
-    cut = f"; {format_rows(estimate.truncated_rows)} cut" if estimate.truncated_rows else ""
-    return format_share(estimate.used_share) + cut

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from ..config import TrainConfig
-from .adapters import format_age
+from ..text import format_age
 from .completion import complete_run_names
 from .display import print_stderr, print_table, show_json
 from .help import HelpGroup

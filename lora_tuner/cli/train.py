@@ -12,7 +12,6 @@ from .. import distributed
 from ..adapters.adapter import CONFUSION_FILE, LOSS_PLOT_FILE, RUN_FILE, Adapter, load_adapter_folder
 from ..adapters.library import adapter_name
 from ..adapters.manifest import RateProbe
-from ..adapters.model_card import final_samples
 from ..config import METHODS, STOP_RULES, ModelOptions, TrainConfig
 from ..errors import ConfigError, Interrupted
 from ..settings_files import expand_sweep, resolve_settings
@@ -22,26 +21,25 @@ from ..text import (
     format_count,
     format_duration,
     format_gain,
-    format_number,
 )
 from ..training.paths import SWEEP_PLOT_FILE
 from ..training.progress import display
 from .completion import complete_run_names
 from .display import (
     BASE_LABEL,
+    print_parts,
     print_picture,
     print_preference,
     print_result,
     print_stderr,
     print_table,
-    print_wrapped,
     quote_argument,
     show_json,
 )
 from .generate import show_columns
 from .interactive import quote
 from .options import JsonOption, Overrides, settings_options
-from .preview import preview_to_dict, show_plan, show_preview
+from .preview import preview_to_dict, show_preview
 from .report import measure, show_report
 
 MAX_QUOTED = 300  # characters of a prompt in a command
@@ -195,7 +193,7 @@ def _run(
     elif plan:
         estimate = run.plan(settings, display)
         if distributed.rank() == 0:
-            show_json(dataclasses.asdict(estimate)) if as_json else show_plan(estimate)
+            show_json(dataclasses.asdict(estimate)) if as_json else print_parts(estimate.summary())
     else:
         adapter = (
             run.train(settings, display)
@@ -272,11 +270,11 @@ def _show_trained(adapter: Adapter) -> None:
 def _show_samples(adapter: Adapter) -> None:
     """Print the texts of base and adapter at the end of the run side by side."""
     columns: dict[str, list[tuple[str, str]]] = {BASE_LABEL: [], adapter.name: []}
-    for sample in final_samples(adapter):
+    for sample in adapter.final_samples:
         prompt, *texts = map(escape_control, sample.shown)
         for column, text in zip(columns.values(), texts, strict=True):
             column.append((quote(prompt) if sample.chat else prompt, text))
-    if final_samples(adapter):
+    if adapter.final_samples:
         print()
         show_columns(columns, "sample")
         print()
@@ -288,7 +286,7 @@ def _show_next_commands(adapter: Adapter) -> None:
 
     library = adapter.path.parent
     option = "" if library == TrainConfig().adapters_dir else f" --adapters-dir {shlex.quote(str(library))}"
-    prompts = [sample.prompt for sample in final_samples(adapter)]
+    prompts = [sample.prompt for sample in adapter.final_samples]
     if adapter.manifest and (template := adapter.manifest.template):
         prompts = [find_question(*template, prompt) for prompt in prompts]
     shown = [prompt for prompt in prompts if len(prompt) <= MAX_QUOTED]
@@ -316,49 +314,13 @@ def _show_probe(probe: RateProbe) -> None:
 
 
 def _show_sweep(result: "SweepResult") -> None:
-    settings = _settings_that_differ(result)
-    rows = []
-    for trial in result.trials:
-        loss, gap = "diverged", ""
-        if trial.loss is not None:
-            loss, gap = f"{trial.loss:.3f}", format_gain(trial.gap, trial.standard_error)
-        accuracy = "" if trial.accuracy is None else f"{trial.accuracy:.3f}"
-        values = [getattr(trial, name) for name in settings]
-        rows.append(
-            (
-                trial.name,
-                *("" if value is None else format_number(value) for value in values),
-                loss,
-                *([] if result.base_accuracy is None else [accuracy]),
-                gap,
-                format_bytes(trial.bytes),
-                format_duration(trial.seconds),
-            )
-        )
-    by_accuracy = [] if result.base_accuracy is None else ["accuracy"]
-    header = ("adapter", *settings.values(), "held-out loss", *by_accuracy, "gap to the best", "size", "training")
-    print_table(rows, header, droppable=("learning rate", "training"))
-    accuracy_of_base = "" if result.base_accuracy is None else f", preference accuracy {result.base_accuracy:.3f}"
-    print(f"base: held-out loss {result.base_loss:.3f}{accuracy_of_base}")
+    table, base, *sentences = result.summary()
+    print_parts([table, base])
     print_picture(result.folder / SWEEP_PLOT_FILE, "held-out loss against size and training time")
-    for sentence in result.growth.sentences if result.growth else ():
-        print_wrapped(sentence)
-    why = "the smallest within a standard error of the best"
-    if any(trial.standard_error is None for trial in result.trials):
-        why = "the best; one held-out row, group or document gives no standard error, so a smaller one may be as good"
-    print(f"recommended: {result.recommended}, {why}")
+    print_parts(sentences)
     recommended = load_adapter_folder(result.path)
     _show_samples(recommended)
     _show_next_commands(recommended)
-
-
-def _settings_that_differ(result: "SweepResult") -> dict[str, str]:
-    """Return the settings of trials to show, with their names: rank and learning rate, if rows and steps are all alike."""
-    names = {"rank": "rank", "learning_rate": "learning rate", "rows": "training rows", "steps": "steps"}
-    trained = [trial for trial in result.trials if trial.loss is not None]
-    differ = {name for name in names if len({getattr(trial, name) for trial in trained}) > 1}
-    shown = differ if differ & {"rows", "steps"} else {"rank", "learning_rate"}
-    return {name: label for name, label in names.items() if name in shown}
 
 
 def methods(as_json: JsonOption = False) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .. import evaluation
 from ..adapters.adapter import Adapter
@@ -33,7 +33,7 @@ class BlendResult:
 
     adapter: Adapter
     exact_rank: int
-    lost_energy: dict[str, float]
+    lost_energy: dict[str, float] = field(repr=False)
     total_lost_energy: float
     comparison: OutputComparison
     results: dict[str, EvalResult]
@@ -54,6 +54,11 @@ def blend(
 
     The sum is exact: its rank in each layer is the sum of theirs, unless `rank` truncates it. The
     saved adapter is loaded by PEFT and compared with the base plus the exact sum.
+
+    Examples:
+        >>> noir, verse = Library().get_all(["noir", "verse"])
+        >>> blend([(noir, 0.7), (verse, 0.3)], "both", Library()).adapter.name
+        'both'
 
     Args:
         parts: adapters and weights; a negative weight subtracts.

@@ -3,7 +3,7 @@
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +46,8 @@ class MergeResult:
     path: Path
     comparison: OutputComparison
     sets: list[EvalSet]
-    rows: list[TokenIds]
-    row_losses: HeldOutLoss
+    rows: list[TokenIds] = field(repr=False)
+    row_losses: HeldOutLoss = field(repr=False)
 
 
 def merge(
@@ -65,6 +65,11 @@ def merge(
 
     The weights are merged in float32, compared with base and adapter, and then cast. The saved
     model is reloaded and compared again; the folder appears complete or not at all.
+
+    Examples:
+        >>> merged = merge(Library().get("noir"), Path("merged/noir"))
+        >>> merged.path.is_dir()
+        True
 
     Args:
         adapter: the adapter.

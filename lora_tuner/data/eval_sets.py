@@ -25,10 +25,10 @@ class EvalSet:
     """
 
     name: str
-    texts: list[str]
+    texts: list[str] = field(repr=False)
     missing: str | None = None
-    groups: list[int] = field(default_factory=list)
-    parts: list[int] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list, repr=False)
+    parts: list[int] = field(default_factory=list, repr=False)
 
     def format_rows(self) -> str:
         return format_rows(len(self.texts), len(set(self.groups)) or None)

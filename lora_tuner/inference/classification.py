@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..adapters.adapter import Adapter
 from ..adapters.label_info import LabelInfo
+from ..adapters.summaries import Table, to_html
 from ..data import chat, tokenization
 from ..data.cleaning import clean_text
 from ..data.row_template import read_template
@@ -52,6 +53,14 @@ class Classification:
         probabilities = (logprobs / info.temperature).softmax(-1).tolist()
         by_label = dict(zip(info.names, probabilities, strict=True))
         return cls(max(by_label, key=by_label.__getitem__), by_label)
+
+    def summary(self) -> list[Table]:
+        """A table of all labels, the likeliest first."""
+        ranked = sorted(self.probabilities.items(), key=lambda item: -item[1])
+        return [Table([(label, f"{probability:.3f}") for label, probability in ranked])]
+
+    def _repr_html_(self) -> str:
+        return to_html(self.summary())
 
 
 class LabelPrompts:
@@ -255,7 +264,11 @@ def classify(
 ) -> list[Classification]:
     """Tell the labels of texts with the current adapter of a generator.
 
-    >>> classify(Generator("adapters/sentiment"), ["A film to remember."])[0].label
+    Examples:
+        >>> team = train(TrainConfig(dataset="tickets.csv", label_column="team", name="team", max_steps=20))
+        >>> (told,) = classify(Generator("team"), ["The lamp does not light."])
+        >>> sorted(told.probabilities)
+        ['billing', 'repairs']
 
     Args:
         generator: the generator.

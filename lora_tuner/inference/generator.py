@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..adapters import summaries
 from ..adapters.adapter import Adapter
 from ..adapters.library import FolderIdentity, Library, folder_identity, read_consistently
 from ..config import ModelOptions, SamplingParams
@@ -67,6 +68,11 @@ class GenerationOutput:
         """The output as `--json` prints it."""
         return asdict(self) | {"finished": self.finished}
 
+    def _repr_html_(self) -> str:
+        return summaries.to_html(
+            [summaries.Table([(self.adapter or summaries.BASE_LABEL, self.prompt, self.text)])]
+        )
+
 
 @dataclass
 class _ResidentAdapter:
@@ -81,8 +87,10 @@ class _ResidentAdapter:
 class Generator:
     """Generates text with a base and any number of adapters.
 
-    >>> generator = Generator("adapters/imdb")
-    >>> generator.generate("Acting").text
+    Examples:
+        >>> generator = Generator("noir")
+        >>> generator.generate("Acting", SamplingParams(max_new_tokens=20, seed=1)).adapter
+        'noir'
 
     Args:
         adapters: names or paths; the first becomes the current one. Without any, the base of

@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 
 from .. import distributed, evaluation
+from ..adapters.summaries import Summary, Table, to_html
 from ..config import DEFAULT_MAX_MINUTES, TrainConfig
 from ..data import tokenization
 from ..data.packing import PackedRows
@@ -25,6 +26,7 @@ from ..errors import EventHandler, Notice, Progress, TrainingError
 from ..models import fsdp, lora
 from ..models.base_files import quiet_transformers
 from ..models.memory import free_memory
+from ..text import describe_coverage, format_bytes, format_duration, format_rows, format_share
 from .inputs import TrainingInputs, count_labels
 
 MEMORY_SLACK = 1.15  # process memory per byte that a step keeps; 1.2 to 1.6 were measured
@@ -78,6 +80,35 @@ class RunEstimate:
     dtype: str
     load_in: str
     gradient_checkpointing: bool
+
+    def summary(self) -> Summary:
+        """A table of the costs, and the advice."""
+        total = self.base_parameters + self.trained_parameters
+        epoch = f" (one epoch: {self.steps_per_epoch:,})" if self.steps_per_epoch else ""
+        precision = self.dtype if self.load_in == "full" else self.load_in
+        checkpointing = ", gradient checkpointing" if self.gradient_checkpointing else ""
+        probe = f"at most {self.probe_steps:,} steps, {format_duration(self.probe_seconds)}"
+        cut = f"; {format_rows(self.truncated_rows)} cut" if self.truncated_rows else ""
+        trained = f"{self.trained_parameters:,} of {total:,} ({self.trained_parameters / total:.2%})"
+        rows = [
+            ("steps", f"{self.steps:,}{epoch}"),
+            ("seconds per step", f"{self.seconds_per_step:.2f} ({self.tokens_per_second:,.0f} tokens/s)"),
+            ("training", format_duration(self.training_seconds)),
+            ("learning rate", f"{self.learning_rate:g}, {self.learning_rate_origin}"),
+            *([("probe of it", probe)] if self.probe_steps else []),
+            *([("reference", format_duration(reference))] if (reference := self.reference_seconds) else []),
+            ("evaluation", format_duration(self.held_out_seconds)),
+            ("peak memory", format_bytes(self.peak_memory_bytes)),
+            ("base", precision + checkpointing),
+            ("text used", format_share(self.used_share) + cut),
+            ("coverage", describe_coverage(self.coverage, self.not_adapted)),
+            ("trained parameters", trained),
+            ("adapter", format_bytes(self.adapter_bytes)),
+        ]
+        return [Table(rows), *([self.advice] if self.advice else [])]
+
+    def _repr_html_(self) -> str:
+        return to_html(self.summary())
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ from ..adapters import plots
 from ..adapters.adapter import RUN_FILE, Adapter
 from ..adapters.growth import GrowthPoint, fit_growth
 from ..adapters.report import GrowthFigures
+from ..adapters.summaries import Summary, Table, to_html
 from ..config import ModelOptions, TrainConfig
 from ..errors import EventHandler, TrainingError
 from ..evaluation import HeldOutLoss
 from ..models import lora
 from ..settings_files import resolve_settings
+from ..text import format_bytes, format_duration, format_gain, format_number
 from . import paths
 from .setup import TrainingSetup
 
@@ -55,6 +57,62 @@ class SweepResult:
     id: str = ""
     growth: GrowthFigures | None = None
     base_accuracy: float | None = None
+
+    def summary(self) -> Summary:
+        """A table of the trials, and sentences: on the base, on more data, on which to keep."""
+        accuracy = "" if self.base_accuracy is None else f", preference accuracy {self.base_accuracy:.3f}"
+        why = "the smallest within a standard error of the best"
+        if any(trial.standard_error is None for trial in self.trials):
+            why = (
+                "the best; one held-out row, group or document gives no standard error, "
+                "so a smaller one may be as good"
+            )
+        return [
+            self._table(),
+            f"base: held-out loss {self.base_loss:.3f}{accuracy}",
+            *(self.growth.sentences if self.growth else ()),
+            f"recommended: {self.recommended}, {why}",
+        ]
+
+    def _table(self) -> Table:
+        """A row for each trial, with rank and rate or, if rows or steps differ, all that differs."""
+        settings = {"rank": "rank", "learning_rate": "learning rate", "rows": "training rows", "steps": "steps"}
+        trained = [trial for trial in self.trials if trial.loss is not None]
+        differ = {name for name in settings if len({getattr(trial, name) for trial in trained}) > 1}
+        shown = differ if differ & {"rows", "steps"} else {"rank", "learning_rate"}
+        columns = {name: label for name, label in settings.items() if name in shown}
+        rows = []
+        for trial in self.trials:
+            values = [getattr(trial, name) for name in columns]
+            loss, gap = "diverged", ""
+            if trial.loss is not None:
+                loss, gap = f"{trial.loss:.3f}", format_gain(trial.gap, trial.standard_error)
+            accuracy = "" if trial.accuracy is None else f"{trial.accuracy:.3f}"
+            rows.append(
+                (
+                    trial.name,
+                    *("" if value is None else format_number(value) for value in values),
+                    loss,
+                    *([] if self.base_accuracy is None else [accuracy]),
+                    gap,
+                    format_bytes(trial.bytes),
+                    format_duration(trial.seconds),
+                )
+            )
+        by_accuracy = [] if self.base_accuracy is None else ["accuracy"]
+        header = (
+            "adapter",
+            *columns.values(),
+            "held-out loss",
+            *by_accuracy,
+            "gap to the best",
+            "size",
+            "training",
+        )
+        return Table(rows, header, droppable=("learning rate", "training"))
+
+    def _repr_html_(self) -> str:
+        return to_html(self.summary())
 
     def to_dict(self) -> dict[str, object]:
         growth = self.growth.model_dump() if self.growth else None

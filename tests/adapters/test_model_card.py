@@ -430,7 +430,7 @@ def test_card_names_text_beside_conversations(card):
 
 
 def test_summary_without_manifest(tmp_path):
-    found = dict(model_card.summary_rows(load_adapter_folder(adapter_files.write(tmp_path / "other"))))
+    found = dict(load_adapter_folder(adapter_files.write(tmp_path / "other")).summary_rows())
     assert found == {
         "Base": "distilbert/distilgpt2",
         "Adapter": "LoRA, rank 4, alpha 8, on c_attn",

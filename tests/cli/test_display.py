@@ -22,7 +22,7 @@ from lora_tuner.convert.verify import OutputComparison
 from lora_tuner.data.eval_sets import EvalSet
 from lora_tuner.evaluation import GainMatrix
 from lora_tuner.server.playground.gain_matrix import show_gains
-from lora_tuner.text import describe_gain, escape_control, format_bytes, format_duration
+from lora_tuner.text import describe_gain, escape_control, format_age, format_bytes, format_duration
 from lora_tuner.training.progress import Display
 from lora_tuner.training.sweep_result import SweepResult, Trial
 
@@ -213,18 +213,16 @@ def test_json_round_trips_control_characters(capsys):
     "created", ["", "yesterday", "2025-01-02", "2025-01-02T03:04:05", "2025-13-02T03:04:05+00:00", "9" * 5000]
 )
 def test_format_invalid_age(created):
-    assert adapters.format_age(created) == "?"
+    assert format_age(created) == "?"
 
 
 def test_format_age():
     now = datetime.datetime.now(datetime.UTC)
-    assert adapters.format_age((now - datetime.timedelta(hours=3)).isoformat()) == "3.0 h"
-    assert adapters.format_age((now - datetime.timedelta(days=400)).isoformat()) == "400 d"
-    assert (
-        adapters.format_age((now + datetime.timedelta(days=2)).isoformat()) == "0 s"
-    )  # clock of another machine
+    assert format_age((now - datetime.timedelta(hours=3)).isoformat()) == "3.0 h"
+    assert format_age((now - datetime.timedelta(days=400)).isoformat()) == "400 d"
+    assert format_age((now + datetime.timedelta(days=2)).isoformat()) == "0 s"  # clock of another machine
     for extreme in ("0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"):
-        assert adapters.format_age(extreme).endswith((" d", " s"))
+        assert format_age(extreme).endswith((" d", " s"))
 
 
 def test_format_ancestor():
@@ -423,9 +421,8 @@ def test_compare_escapes_adapter_names(capsys, monkeypatch, columns):
 
 def test_gain_matrix_escapes_names(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
-    result = SimpleNamespace(base_loss=1.0, loss=1.0, gain=0.1, standard_error=0.1, perplexities=(1.0, 1.0))
     sets = [EvalSet("re[/b]views\x1b[5m.csv", ["a"])]
-    evaluate.show_gains(SimpleNamespace(adapters=["a"], sets=sets, cells=[[result]], base="b\x1b[5m"))
+    evaluate.show_gains(GainMatrix("b\x1b[5m", ["a"], sets, [[adapter_files.manifest().result]]))
     assert "\x1b" not in capsys.readouterr().out
 
 

@@ -20,6 +20,7 @@ from lora_tuner import (
     resume,
     train,
 )
+from lora_tuner.cli.display import print_parts
 from lora_tuner.errors import BaseModelError, Notice, TrainingError
 from lora_tuner.models import lora, memory
 from lora_tuner.models.layers import layer_sizes, linear_layers
@@ -242,13 +243,11 @@ def test_auto_checkpointing_when_memory_is_short(settings, monkeypatch):
 
 
 def test_plan_shows_chosen_precision(settings, capsys):
-    from lora_tuner.cli.preview import show_plan
-
     estimate = plan(settings())
     assert not estimate.gradient_checkpointing
     reduced = replace(estimate, load_in="4bit", gradient_checkpointing=True)
     for shown, text in ((estimate, "float32"), (reduced, "4bit, gradient checkpointing")):
-        show_plan(shown)
+        print_parts(shown.summary())
         output = capsys.readouterr().out
         assert re.search(rf"^base +{text} *$", output, re.MULTILINE)
         assert re.search(r"^coverage +100% of the block weights *$", output, re.MULTILINE)

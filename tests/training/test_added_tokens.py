@@ -21,7 +21,6 @@ from lora_tuner import (
     train,
 )
 from lora_tuner.adapters.adapter import CARD_FILE, TOKENIZER_FILES, load_adapter_folder, verify_adapter
-from lora_tuner.adapters.model_card import summary_rows
 from lora_tuner.errors import AdapterError, ConfigError
 from lora_tuner.inference.multi_lora import MultiLora
 from lora_tuner.models import added_tokens, lora
@@ -262,8 +261,8 @@ def test_adapter_has_tokenizer_and_says_so(library, bases):
     assert "    base.resize_token_embeddings(322, mean_resizing=False)\n" in card
     assert "The prompt comes from a held-out row, which was not trained on: its beginning." in card
     assert 'tokenizer = AutoTokenizer.from_pretrained("path/to/gpt2")' in card.replace("'", '"')
-    assert ("Added tokens", f"{NOTE} (320), {END} (321)") in summary_rows(adapter)
-    assert ("In place of the base's", "2 rows of wte") in summary_rows(adapter)
+    assert ("Added tokens", f"{NOTE} (320), {END} (321)") in adapter.summary_rows()
+    assert ("In place of the base's", "2 rows of wte") in adapter.summary_rows()
     assert adapter.to_dict()["run"]["added_tokens"] == {NOTE: 320, END: 321}
     for name in TOKENIZER_FILES:
         (adapter.path / name).unlink(missing_ok=True)

@@ -11,7 +11,6 @@ import torch
 from rich.cells import cell_len
 
 from lora_tuner import Generator, Library, ModelOptions, SamplingParams, resume, train
-from lora_tuner.adapters.model_card import final_samples
 from lora_tuner.adapters.samples import SAMPLES_FILE, Sample, read_samples
 from lora_tuner.errors import AdapterError, ConfigError, GenerationError, Notice
 from lora_tuner.inference import samples
@@ -46,10 +45,10 @@ def generated(adapter, prompt):
 def test_samples_are_those_of_generate(settings, texts_csv, model_folder, monkeypatch):
     monkeypatch.setattr(samples, "MAX_NEW_TOKENS", 12)
     adapter = train(settings(base=str(model_folder), dataset=texts_csv, max_steps=10))
-    assert [sample.step for sample in final_samples(adapter)] == [10] * 3
-    for sample in final_samples(adapter):
+    assert [sample.step for sample in adapter.final_samples] == [10] * 3
+    for sample in adapter.final_samples:
         assert [sample.base, sample.adapter] == generated(adapter, sample.prompt)
-    assert any(sample.base != sample.adapter for sample in final_samples(adapter))
+    assert any(sample.base != sample.adapter for sample in adapter.final_samples)
 
 
 def test_samples_are_kept_with_adapter(settings, texts_csv):
@@ -60,8 +59,8 @@ def test_samples_are_kept_with_adapter(settings, texts_csv):
     assert all(any(row.startswith(line["prompt"]) for row in rows) for line in lines)
     section = (adapter.path / "README.md").read_text().split("## Samples\n")[1].split("## Limitations")[0]
     assert [line["step"] for line in lines] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert section.count("\n| ") == 2 + len(final_samples(adapter))
-    assert all(f"\n| {sample.prompt} | " in section for sample in final_samples(adapter))
+    assert section.count("\n| ") == 2 + len(adapter.final_samples)
+    assert all(f"\n| {sample.prompt} | " in section for sample in adapter.final_samples)
     assert Library(adapter.path.parent).rename("texts", "films").samples == adapter.samples
 
 
@@ -108,7 +107,7 @@ def test_chat_samples_use_template(settings, tmp_path):
     talks.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
     adapter = train(settings(base=str(save_chat_base(tmp_path / "talker")), dataset=str(talks), max_steps=2))
     assert adapter.samples[0].chat
-    for sample in final_samples(adapter):
+    for sample in adapter.final_samples:
         assert [sample.base, sample.adapter] == generated(adapter, sample.prompt)
     assert (
         "with the same seed when training\nhad ended, through the chat template"
@@ -132,7 +131,7 @@ def test_samples_follow_the_evaluations(settings):
     first = {sample.prompt: sample.base for sample in adapter.samples}
     assert all(sample.base == first[sample.prompt] for sample in adapter.samples)
     assert all(sample.adapter == sample.base for sample in adapter.samples[:2])
-    assert [sample.step for sample in final_samples(adapter)] == [5, 5]
+    assert [sample.step for sample in adapter.final_samples] == [5, 5]
     assert "\n| Acting | " in (adapter.path / "README.md").read_text()
     lines = [event.text for event in notices if isinstance(event, Notice)]
     shown = [line for line in lines if line.startswith(("Acting ", "The plot "))]
@@ -181,7 +180,7 @@ def test_samples_of_parent_begin_with_it(settings):
     first = train(settings(name="first", max_steps=5, learning_rate=0.1, sample_prompt=PROMPTS))
     second = train(settings(name="second", parent="first", max_steps=1, sample_prompt=PROMPTS))
     start = [sample for sample in second.samples if sample.step == 0]
-    assert [sample.adapter for sample in start] == [sample.adapter for sample in final_samples(first)]
+    assert [sample.adapter for sample in start] == [sample.adapter for sample in first.final_samples]
     assert any(sample.adapter != sample.base for sample in start)
 
 
@@ -191,7 +190,7 @@ def test_kept_step_has_the_final_samples(settings):
     adapter = train(settings(max_steps=60, sample_prompt=PROMPTS, **changes))
     kept, last = adapter.manifest.run.kept_step, adapter.manifest.run.steps
     assert kept < last
-    assert {sample.step for sample in final_samples(adapter)} == {kept}
+    assert {sample.step for sample in adapter.final_samples} == {kept}
     assert {sample.step for sample in adapter.samples} == set(range(0, last + 1, 2))
 
 
@@ -269,7 +268,7 @@ def test_time_limit_cuts_samples(settings, monkeypatch):
 
 def test_cut_samples_end_in_mark(settings):
     adapter = train(settings(max_steps=1, sample_prompt=PROMPTS))
-    (sample, *_) = final_samples(adapter)
+    (sample, *_) = adapter.final_samples
     assert sample.adapter_cut  # after three tokens
     assert sample.shown[2] == f"{sample.adapter}\u2026"
     assert sample.shown[2].strip() in (adapter.path / "README.md").read_text().replace("\\", "")

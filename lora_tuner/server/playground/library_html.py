@@ -14,7 +14,6 @@ from ...adapters import plots
 from ...adapters.adapter import CARD_FILE, METRICS_FILE, Adapter
 from ...adapters.library import current_name
 from ...adapters.manifest import ParentInfo
-from ...adapters.model_card import summary_rows
 from ...errors import AdapterError, LoraTunerError
 from ...models import delta
 from ...models.layers import Layer
@@ -100,7 +99,7 @@ def card(
     shown: dict[str, object] = {"name": model.id, "broken": broken, "readme": None}
     if adapter is not None:
         shown |= {
-            "facts": [(key, hide_paths(text.strip("`"))) for key, text in summary_rows(adapter)],
+            "facts": [(key, hide_paths(text.strip("`"))) for key, text in adapter.summary_rows()],
             "parents": _parents(adapter, models),
             "children": _children(adapter, models),
             "loss": or_reason(lambda: _loss_chart(adapter), hide_paths),
