@@ -29,6 +29,8 @@ docs: $(READY)
 	$(BIN)/python -m tests.command_reference > docs/commands.md
 	$(BIN)/python -m tests.method_table
 	$(BIN)/python -m tests.family_table
+	$(BIN)/python -m sphinx -W --keep-going -q -E -a -c docs . build/docs
+	@echo 'The site: build/docs/index.html'
 
 screenshots: $(READY)  # trains two adapters, which takes some minutes
 	LORA_TUNER_SCREENSHOTS=$(CURDIR)/docs/page $(BIN)/python -m pytest -n 0 -m slow tests/server/playground/test_screenshots.py
@@ -38,7 +40,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks
 
 $(DEMO_READY): EXTRAS := embedded
-$(READY): EXTRAS := embedded,serve,quantized,documents,report,gguf,dev
+$(READY): EXTRAS := embedded,serve,quantized,documents,report,gguf,docs,dev
 $(DEMO_READY) $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

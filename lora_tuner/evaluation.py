@@ -88,10 +88,10 @@ class GainMatrix:
     adapter means that this one has forgotten such text.
     """
 
-    base: str
-    adapters: list[str]
+    base: str  #: name of the base
+    adapters: list[str]  #: names of the adapters
     sets: list[EvalSet]
-    cells: list[list[EvalResult | None]]
+    cells: list[list[EvalResult | None]]  #: a row for each adapter
 
     def to_dict(self) -> dict[str, object]:
         """All results for JSON, without the texts of the rows."""

@@ -3,6 +3,9 @@
 import ast
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 import typer
 import yaml
 
+import lora_tuner
 from lora_tuner.cli.app import app
 from lora_tuner.config import TrainConfig
 from lora_tuner.settings_files import config_to_yaml
@@ -26,10 +30,12 @@ PACKAGE = ROOT / "lora_tuner"
 GENERATED = "docs/commands.md"
 PAGES = sorted(
     str(path.relative_to(ROOT))
-    for folder in (".", "docs", "adapters", "benchmarks")
+    for folder in (".", "docs", "adapters", "benchmarks", "recipes")
     for path in (ROOT / folder).glob("*.md")
     if path != ROOT / GENERATED
 )
+RECIPES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "recipes").glob("*.yaml"))]
+BUILD_SITE = re.search(r"-m (sphinx .*) build/docs$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
 
 
 def read_page(page):
@@ -37,9 +43,9 @@ def read_page(page):
 
 
 def commands(page):
-    """Each `python cli.py ...` of a page, in code blocks and in back-ticks."""
+    """Each `python cli.py ...` of a page or recipe, in code blocks, comments and back-ticks."""
     text = read_page(page)
-    blocks = re.findall(r"^python cli\.py (.*)$", text, re.MULTILINE)
+    blocks = re.findall(r"^(?:#     )?python cli\.py (.*)$", text, re.MULTILINE)
     inline = re.findall(r"`python cli\.py ([^`]+)`", text)
     return [line.split("  #")[0].strip() for line in [*blocks, *inline]]
 
@@ -71,7 +77,7 @@ def test_method_table_is_current(tmp_path):
     )
 
 
-@pytest.mark.parametrize("line", sorted({line for page in PAGES for line in commands(page)}))
+@pytest.mark.parametrize("line", sorted({line for page in [*PAGES, *RECIPES] for line in commands(page)}))
 def test_documented_command_parses(line):
     command, arguments = typer.main.get_command(app), shlex.split(line)
     while hasattr(command, "commands"):
@@ -152,11 +158,52 @@ def test_page_has_no_placeholders(page):
 def test_links_and_make_targets_exist(page):
     for target, anchor in re.findall(r"\]\((https://[^)]+|[^)#]*)#?([^)]*)\)", read_page(page)):
         linked = (ROOT / page).parent / target if target else ROOT / page
-        assert target.startswith("https://") or linked.exists(), target
+        is_external = re.fullmatch(r"https://([\w-]+\.)+[a-z]+(/[^\s<>\"]*)?", target)
+        assert is_external or linked.exists(), target
         assert not anchor or anchor in heading_anchors(linked), anchor
     targets = set(re.findall(r"^([a-z-]+):", read_page("Makefile"), re.MULTILINE))
     for target in re.findall(r"\bmake ([a-z-]+)\b(?=[`\s]*(?:#|`|$))", read_page(page), re.MULTILINE):
         assert target in targets, target
+
+
+def test_site_lists_every_page():
+    (contents,) = re.findall(r"^CONTENTS = (\{.*?^\})", read_page("docs/conf.py"), re.MULTILINE | re.DOTALL)
+    listed = [f"{page}.md" for pages in ast.literal_eval(contents).values() for page in pages]
+    assert sorted([*listed, "README.md", "adapters/README.md"]) == sorted([*PAGES, GENERATED])
+
+
+def test_api_page_has_public_names():
+    named = re.findall(r"^\.\. auto\w+:: (\w+)$", read_page("docs/api.md"), re.MULTILINE)
+    assert sorted(named) == lora_tuner.__all__
+
+
+@pytest.mark.slow
+def test_site_names_broken_links(tmp_path):
+    """It is built without the network and without warnings; then two links lead nowhere."""
+    pytest.importorskip("sphinx", reason="the site needs pip install -e '.[docs]'")
+    source, site = tmp_path / "source", tmp_path / "site"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "__pycache__", "build", "*.safetensors"))
+
+    def build():
+        line = [sys.executable, "-m", *shlex.split(BUILD_SITE), site]
+        return subprocess.run(line, cwd=source, capture_output=True, text=True, check=False)
+
+    done = build()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (site / "index.html").read_text() == (site / "README.html").read_text()
+    html = (site / "docs" / "api.html").read_text()
+    assert [name for name in lora_tuner.__all__ if f'id="lora_tuner.{name}"' not in html] == []
+    assert TrainConfig.model_fields["max_rows"].description.partition(":")[0] in html
+    assert ">Type<" not in html  # a colon in the text of a property
+    for page in site.rglob("*.html"):
+        assert not re.search(r"<(link|script|img)[^>]* (href|src)=.https?:", page.read_text()), page
+
+    with (source / "docs" / "growth.md").open("a") as page:
+        page.write("\n[one](tour.md#nowhere) [two](nowhere.md)\n")
+    done = build()
+    assert done.returncode
+    assert "tour.md" in done.stderr
+    assert "nowhere.md" in done.stderr
 
 
 def test_architecture_names_every_module():

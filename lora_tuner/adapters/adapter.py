@@ -48,11 +48,11 @@ _DTYPES = ("F16", "BF16", "F32", "F64")
 class Adapter:
     """An adapter folder that passed `load_adapter_folder`. Its tensors are not in memory."""
 
-    path: Path
-    config: dict[str, Any] = field(repr=False)
-    manifest: Manifest | None = field(repr=False)
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = field(repr=False)  # name -> (dtype, shape)
-    bytes: int = 0  # of weights and config
+    path: Path  #: its folder
+    config: dict[str, Any] = field(repr=False)  #: adapter_config.json
+    manifest: Manifest | None = field(repr=False)  #: None for one of another tool
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = field(repr=False)  #: name -> (dtype, shape)
+    bytes: int = 0  #: of weights and config
 
     @property
     def name(self) -> str:

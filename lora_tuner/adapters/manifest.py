@@ -307,6 +307,7 @@ class Manifest(_ManifestModel):
         return (data.template, data.answer_column) if data and data.template else None
 
     def to_json(self) -> str:
+        """The text of the file."""
         return self.model_dump_json(indent=2) + "\n"
 
 

@@ -31,6 +31,7 @@ class EvalSet:
     parts: list[int] = field(default_factory=list, repr=False)
 
     def format_rows(self) -> str:
+        """Number of its rows and, where there are some, groups, in words."""
         return format_rows(len(self.texts), len(set(self.groups)) or None)
 
     def hash(self) -> str:

@@ -51,13 +51,13 @@ Prompt = str | abc.Sequence[chat.Message] | EncodedPrompt  # text, or a conversa
 class GenerationOutput:
     """Continuation of a prompt. Generating with `seed` repeats it; None for greedy decoding."""
 
-    prompt: str  # of a conversation the last message
-    text: str  # the continuation alone
-    adapter: str | None
-    tokens: int
-    finish_reason: FinishReason  # stop: an end-of-text token or a stop string; length: cut off
+    prompt: str  #: of a conversation the last message
+    text: str  #: the continuation alone
+    adapter: str | None  #: its name; None for the base
+    tokens: int  #: number of generated tokens
+    finish_reason: FinishReason  #: stop: an end-of-text token or a stop string; length: cut off
     seed: int | None
-    chat: bool  # through the chat template
+    chat: bool  #: through the chat template
 
     @property
     def finished(self) -> bool:

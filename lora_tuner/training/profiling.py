@@ -58,22 +58,22 @@ class RunEstimate:
     """
 
     steps: int
-    steps_per_epoch: int | None  # None for a stream
-    advice: str | None  # on so many passes over the same rows
+    steps_per_epoch: int | None  #: None for a stream
+    advice: str | None  #: on so many passes over the same rows
     seconds_per_step: float
     training_seconds: float
     learning_rate: float
-    learning_rate_origin: str
+    learning_rate_origin: str  #: its reason, in words
     probe_steps: int
     probe_seconds: float
     reference_seconds: float
-    held_out_seconds: float
+    held_out_seconds: float  #: for all measurements of the held-out loss
     peak_memory_bytes: int
     tokens_per_second: float
-    used_share: float  # of the tokens of the training rows
-    truncated_rows: int  # rows that lose their end
-    coverage: float  # share of the block weights in adapted layers
-    not_adapted: list[str]
+    used_share: float  #: of the tokens of the training rows
+    truncated_rows: int  #: rows that lose their end
+    coverage: float  #: share of the block weights in adapted layers
+    not_adapted: list[str]  #: other weights of the blocks, with their share
     trained_parameters: int
     base_parameters: int
     adapter_bytes: int

@@ -49,14 +49,14 @@ class SweepResult:
     rows, steps or rank would bring, where three trials or more differ in one of them."""
 
     name: str
-    base_loss: float
+    base_loss: float  #: held-out loss of the base
     trials: list[Trial]
-    recommended: str
-    path: Path
-    folder: Path
+    recommended: str  #: name of an adapter
+    path: Path  #: its folder
+    folder: Path  #: of the sweep, with sweep.json and sweep.png
     id: str = ""
     growth: GrowthFigures | None = None
-    base_accuracy: float | None = None
+    base_accuracy: float | None = None  #: of preferences
 
     def summary(self) -> Summary:
         """A table of the trials, and sentences: on the base, on more data, on which to keep."""
@@ -115,6 +115,7 @@ class SweepResult:
         return to_html(self.summary())
 
     def to_dict(self) -> dict[str, object]:
+        """All figures for JSON."""
         growth = self.growth.model_dump() if self.growth else None
         return asdict(self) | {"path": str(self.path), "folder": str(self.folder), "growth": growth}
 
