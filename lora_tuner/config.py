@@ -156,6 +156,11 @@ class TrainConfig(_Settings):
     """Configuration of one training run.
 
     None means that the value is derived from the rest, as the field's help text says.
+
+    Examples:
+        >>> config = TrainConfig(dataset="reviews.csv", name="noir", max_steps=20)
+        >>> config.rank, config.learning_rate
+        (8, None)
     """
 
     dataset: str | list[str] = _setting(
@@ -856,7 +861,12 @@ _NEEDS_SAMPLING = {  # setting that has no effect without sampling -> error
 
 
 class SamplingParams(_Settings):
-    """Sampling settings of one request."""
+    """Sampling settings of one request.
+
+    Examples:
+        >>> SamplingParams(temperature=0.7, seed=1, stop=["###"]).max_new_tokens
+        120
+    """
 
     greedy: bool = _setting(False, "Always take the most likely token.", "Sampling")
     max_new_tokens: int = _setting(120, "Maximum number of tokens to generate per output.", "Sampling", ge=1)

@@ -1,6 +1,7 @@
 """The documents are executed, parsed, or compared with the code."""
 
 import ast
+import doctest
 import re
 import shlex
 import shutil
@@ -147,6 +148,47 @@ def test_label_example_runs(gpt2, tmp_path, capsys):
     told = ast.literal_eval(capsys.readouterr().out)
     assert {label for label, _ in told} <= {"billing", "repairs"}
     assert all(0.5 <= probability <= 1 for _, probability in told)
+
+
+# In an order in which each finds what the ones before have made.
+EXAMPLES = (
+    "TrainConfig",
+    "SamplingParams",
+    "plan",
+    "train",
+    "Library",
+    "Generator",
+    "evaluate",
+    "blend",
+    "compress",
+)
+EXAMPLES += ("merge", "run_sweep", "classify")
+
+
+@pytest.mark.slow
+def test_docstring_examples_run(gpt2, tmp_path):
+    reviews = tiny_models.reviews(60)
+    tickets = [f"{text},{('billing', 'repairs')[number % 2]}" for number, text in enumerate(reviews)]
+    (tmp_path / "reviews.csv").write_text("text\n" + "\n".join(reviews))
+    (tmp_path / "tickets.csv").write_text("text,team\n" + "\n".join(tickets))
+    api_server.write_adapter(tmp_path / "adapters", "verse", gpt2, 0)
+    tiny = partial(TrainConfig, base=str(gpt2), max_length=64, device="cpu", eval_rows=8)
+    names = {name: getattr(lora_tuner, name) for name in lora_tuner.__all__}
+    shared = names | {"TrainConfig": tiny, "Path": Path}
+    for name in EXAMPLES:
+        (test,) = doctest.DocTestFinder(recurse=False).find(names[name], name, module=False)
+        test.globs, report = shared, list[str]()
+        assert doctest.DocTestRunner().run(test, out=report.append, clear_globs=False).failed == 0, "".join(
+            report
+        )
+        assert test.examples, name
+
+
+def test_docstring_examples_are_all_run():
+    """And begin a section, of which the API reference makes a block."""
+    documents = {name: getattr(lora_tuner, name).__doc__ or "" for name in lora_tuner.__all__}
+    assert {name for name, text in documents.items() if ">>>" in text} == {*EXAMPLES}
+    assert all("    Examples:\n        >>> " in documents[name] for name in EXAMPLES)
 
 
 @pytest.mark.parametrize("page", PAGES)

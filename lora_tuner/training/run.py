@@ -65,6 +65,10 @@ def train(
 ) -> Adapter:
     """Train an adapter and store it in the library.
 
+    Examples:
+        >>> train(TrainConfig(dataset="reviews.csv", name="noir", max_steps=20), notify=None).name
+        'noir'
+
     Args:
         notify: receives Notice and Progress events, which are shown on stderr by default; None ignores them.
         prepare: a sweep passes its own, which reuses the base and the data.
@@ -155,7 +159,12 @@ def resume(
 
 
 def plan(requested: TrainConfig, notify: EventHandler | None = display) -> RunEstimate:
-    """Estimate the cost of a run from a few real steps. Writes nothing."""
+    """Estimate the cost of a run from a few real steps. Writes nothing.
+
+    Examples:
+        >>> plan(TrainConfig(dataset="reviews.csv", max_steps=20), notify=None).steps
+        20
+    """
     notify = _join_processes(requested, notify)
     with closing(notify):
         setup = prepare_training(requested, notify)

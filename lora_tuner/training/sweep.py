@@ -48,6 +48,12 @@ InputsBySize = dict[int | None, TrainingInputs]  # by `max_rows`
 def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler | None = display) -> SweepResult:
     """Train one adapter for each configuration; they differ only in the settings of `SWEEPABLE`.
 
+    Examples:
+        >>> config = TrainConfig(dataset="reviews.csv", name="ranks", max_steps=20)
+        >>> result = run_sweep([config.model_copy(update={"rank": rank}) for rank in (2, 8)], notify=None)
+        >>> [trial.name for trial in result.trials]
+        ['ranks-r2', 'ranks-r8']
+
     Raises:
         LoraTunerError: a request is wrong, before anything is trained.
         Interrupted: the sweep was stopped, with all finished trials saved.
