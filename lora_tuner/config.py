@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from .errors import ConfigError, EventHandler, ignore_events
@@ -122,9 +122,7 @@ def _setting(
     )
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class _Settings(BaseModel, extra="forbid", frozen=True):
     @field_validator("*", mode="before")
     @classmethod
     def _check_value(cls, value: object, info: ValidationInfo) -> object:
@@ -246,7 +244,7 @@ class TrainConfig(_Settings):
         ge=2,
     )
     eval_max_rows: int | None = Field(
-        None,
+        default=None,
         description="Take the held-out rows from a sample of so many rows: of a sweep over max_rows the largest.",
     )
     max_invalid: float = _setting(
@@ -911,11 +909,15 @@ class SamplingParams(_Settings):
     n: int = _setting(1, "Number of outputs per prompt.", "Sampling", ge=1, le=256)
     stop: list[str] = _setting([], "Stop sequence: the output ends before it. May be repeated.", "Sampling")
     # Of the API alone: without a panel a field is no option of the command line.
-    logit_bias: dict[int, float] = Field({}, description="Added to the logits of these tokens.")
-    min_new_tokens: int = Field(0, ge=0, description="Nothing ends the output before it has so many tokens.")
-    stop_token_ids: list[int] = Field([], description="Tokens that end the output, and are no part of it.")
-    ignore_eos: bool = Field(False, description="Continue past the end of text and of a turn.")
-    include_stop_str_in_output: bool = Field(False, description="Keep the stop sequence in the output.")
+    logit_bias: dict[int, float] = Field(default={}, description="Added to the logits of these tokens.")
+    min_new_tokens: int = Field(
+        default=0, ge=0, description="Nothing ends the output before it has so many tokens."
+    )
+    stop_token_ids: list[int] = Field(
+        default=[], description="Tokens that end the output, and are no part of it."
+    )
+    ignore_eos: bool = Field(default=False, description="Continue past the end of text and of a turn.")
+    include_stop_str_in_output: bool = Field(default=False, description="Keep the stop sequence in the output.")
 
     @field_validator("temperature")
     @classmethod

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from ..config import MAX_LABEL_CHARS, MAX_LABELS, CleanMode
 from ..text import format_rows
@@ -10,8 +10,8 @@ from ..text import format_rows
 _Name = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_CHARS)]
 
 
-class _LabelModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class _LabelModel(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
+    """Refuses unknown fields and numbers that are not finite."""
 
 
 class LabelFigures(_LabelModel):

@@ -8,7 +8,7 @@ import datetime
 import math
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from ..config import CleanMode, NearDuplicatesRule, is_conversation
 from ..text import format_count, format_gain, format_rows
@@ -23,8 +23,8 @@ SCALES = {"base": 0.0, "half": 0.5, "adapter": 1.0, "double": 2.0}
 NextTokens = Annotated[dict[str, Annotated[float, Field(le=0)]], Field(min_length=1)]
 
 
-class _ManifestModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class _ManifestModel(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
+    """Refuses unknown fields and numbers that are not finite."""
 
 
 class BaseInfo(_ManifestModel):

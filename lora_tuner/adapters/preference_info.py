@@ -2,13 +2,13 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from ..text import format_count, format_gain
 
 
-class _Figures(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class _Figures(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
+    """Refuses unknown fields and numbers that are not finite."""
 
 
 class PairedFigure(_Figures):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from ..errors import AdapterError
 from ..text import one_line
@@ -24,8 +24,8 @@ TextName = Annotated[str, Field(max_length=200)]
 Quantity = Literal["rows", "steps", "rank", "rows and steps"]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class _Model(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
+    """Refuses unknown fields and numbers that are not finite."""
 
 
 class _Figures(_Model):

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ..errors import AdapterError
 from ..text import escape_control, shorten
@@ -15,13 +15,11 @@ _SHOWN_CHARS = 300  # of a prompt, at most
 _MAX_BYTES = 10_000_000
 
 
-class Sample(BaseModel):
+class Sample(BaseModel, extra="forbid", frozen=True):
     """A prompt continued by the base and by the adapter after `step` steps, with the same seed.
 
     `chat`: it was asked through the chat template. `base_cut`, `adapter_cut`: a limit ended the text.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     step: int
     prompt: str

@@ -108,12 +108,12 @@ class Generator:
         adapters_dir: Path | str = "adapters",
         max_resident: int | None = None,
     ) -> None:
-        self.library = Library(Path(adapters_dir))
+        self.library: Library = Library(Path(adapters_dir))
         self.options = options
         self.current_adapter: str | None = None
         opened = [self.library.get(adapter) for adapter in adapters]
-        self.base = loading.open_base(opened[0] if opened else None, options)
-        self.engine = GenerationEngine(self.base, options.notify)
+        self.base: loading.LoadedBase = loading.open_base(opened[0] if opened else None, options)
+        self.engine: GenerationEngine = GenerationEngine(self.base, options.notify)
         self.max_resident = max_resident
         self._resident: dict[str, _ResidentAdapter] = {}  # by name; changed only under the lock
         self._lock = threading.RLock()

@@ -5,7 +5,7 @@ As in OpenAI's API, null stands for an omitted field.
 
 from typing import Annotated, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic import AfterValidator, BaseModel, Field, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
@@ -39,8 +39,7 @@ def text_or_object(value: object) -> str:
     return OBJECT if isinstance(value, dict) else TEXT
 
 
-class RequestModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+class RequestModel(BaseModel, extra="forbid", strict=True, frozen=True, allow_inf_nan=False):
     neutral_values: ClassVar[neutral.Neutral] = {}
 
     @model_validator(mode="before")

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from .. import atomic_io
 from ..adapters.adapter import CONFIG_FILE, RUN_FILE, load_adapter_folder, read_manifest
@@ -20,14 +20,12 @@ from .paths import SWEEP_STATE_FILE
 _Progress = tuple[int, int | None, list[str]]  # done, total, datasets
 
 
-class SweepState(BaseModel):
+class SweepState(BaseModel, extra="forbid"):
     """An unfinished sweep, as in `sweep.yaml`.
 
     `id` is in the manifest of each run and adapter of the sweep; `trials` holds the requested
     settings, `facts` what the results depend on besides, `diverged` names of trials.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     id: str = Field(min_length=1)
     trials: list[TrainConfig] = Field(min_length=1)
