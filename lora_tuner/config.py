@@ -61,7 +61,7 @@ _ORIGIN = re.compile(
 )
 PROBE: Final = "probe"  # a `learning_rate`: that of the best of a few short runs
 # Settings that take several values: one run for each.
-SWEEPABLE = ("rank", "learning_rate", "max_rows", "max_steps", "epochs")
+SWEEPABLE = ("rank", "learning_rate", "max_rows", "max_steps", "epochs", "beta")
 STOP_RULES = ("epochs", "max_steps", "minutes")
 DEFAULT_MAX_MINUTES = 10  # limit of the default one-epoch run when no stop rule is given
 
@@ -391,7 +391,7 @@ class TrainConfig(_Settings):
     beta: float | None = _setting(
         None,
         "Strength of a preference. dpo, kto: higher stays closer to the model before training; "
-        "orpo: weight of the preference beside the text loss.",
+        "orpo: weight of the preference beside the text loss. Several values, separated by commas: one run each.",
         "Training",
         f"{DEFAULT_BETA} with dpo, orpo and kto",
         gt=0,

@@ -25,7 +25,8 @@ from ..settings_files import resolve_settings
 from ..text import format_gain
 from .adapter import RUN_FILE, Adapter
 from .library import Library
-from .report import Doubling, GrowthFigures, Quantity
+from .manifest import Manifest
+from .report import Doubling, Figure, GrowthFigures, Quantity
 
 KEPT = 0.8  # share of its slope that a gain keeps from one doubling to the next, on average
 CHANGE = 0.15  # standard deviation of the slope's change, as a share of its usual size
@@ -54,7 +55,7 @@ Covariance = Sequence[Sequence[float]]
 
 @dataclass(frozen=True)
 class GrowthPoint:
-    """A trial: its training rows, steps and rank, and its held-out gain in nats per token."""
+    """A trial: its training rows, steps and rank, and its held-out gain, of loss or accuracy."""
 
     rows: int
     steps: int
@@ -107,7 +108,9 @@ def _slope_covariance(widths: npt.NDArray[np.float64]) -> npt.NDArray[np.float64
     return np.asarray((loadings * scales**2) @ loadings.T)
 
 
-def fit_growth(points: Sequence[GrowthPoint], covariance: Covariance) -> GrowthFigures | None:
+def fit_growth(
+    points: Sequence[GrowthPoint], covariance: Covariance, figure: Figure = "loss"
+) -> GrowthFigures | None:
     """Estimate what a doubling of rows, steps or rank would bring, for each that has three values or more.
 
     Of a grid the trials with the most of everything else are taken; of trials that differ in nothing
@@ -115,6 +118,7 @@ def fit_growth(points: Sequence[GrowthPoint], covariance: Covariance) -> GrowthF
 
     Args:
         covariance: (points, points), of their gains by the choice of the held-out rows.
+        figure: that whose gains they are.
     """
     matrix = np.asarray(covariance, dtype=float)
     doublings: list[Doubling] = []
@@ -140,9 +144,9 @@ def fit_growth(points: Sequence[GrowthPoint], covariance: Covariance) -> GrowthF
         )
     if not doublings:
         return None
-    return GrowthFigures(
-        sentences=[*map(describe_doubling, doublings), _conclude(doublings)], doublings=doublings
-    )
+    sentences = [describe_doubling(doubling, figure) for doubling in doublings]
+    sentences.append(_conclude(doublings))
+    return GrowthFigures(sentences=sentences, figure=figure, doublings=doublings)
 
 
 def _choose_series(
@@ -163,13 +167,14 @@ def _choose_series(
     return []
 
 
-def describe_doubling(doubling: Doubling) -> str:
+def describe_doubling(doubling: Doubling, figure: Figure = "loss") -> str:
     """Say in a sentence what a doubling would bring."""
     last, noun = doubling.values[-1], doubling.quantity.partition(" ")[0]
     gain = format_gain(doubling.gain, doubling.standard_error, "+.3f")
     steps = " with as many more steps" if doubling.quantity == "rows and steps" else ""
+    of = "accuracy " if figure == "accuracy" else ""
     return (
-        f"Twice the {noun} ({last:,} to {2 * last:,}){steps}: {gain} (80% interval {doubling.low:+.3f} to "
+        f"Twice the {noun} ({last:,} to {2 * last:,}){steps}: {of}{gain} (80% interval {doubling.low:+.3f} to "
         f"{doubling.high:+.3f})."
     )
 
@@ -219,16 +224,30 @@ def find_growth(adapter: Adapter, library: Library) -> GrowthFigures | None:
         for file in _read_results(config.runs_dir):
             if file.id == run.sweep:
                 return file.growth
-    points, variances = list[GrowthPoint](), list[float]()
+    points, variances, is_accuracy = list[GrowthPoint](), list[float](), False
     for _, trial in library.entries():
         if not isinstance(trial, Adapter) or trial.manifest is None or trial.manifest.run is None:
             continue
-        manifest, own_run, result = trial.manifest, trial.manifest.run, trial.manifest.result
-        if own_run.sweep == run.sweep and manifest.data and result and result.standard_error is not None:
+        manifest, own_run = trial.manifest, trial.manifest.run
+        if own_run.sweep != run.sweep or manifest.data is None:
+            continue
+        gain, error = _measured_gain(manifest)
+        if gain is not None and error is not None:
             rows = manifest.data.counts.get("train") or 1
-            points.append(GrowthPoint(rows, own_run.steps, trial.rank, result.gain))
-            variances.append(result.standard_error**2)
-    return fit_growth(points, np.diag(variances).tolist())
+            points.append(GrowthPoint(rows, own_run.steps, trial.rank, gain))
+            variances.append(error**2)
+            is_accuracy = manifest.preference is not None or manifest.labels is not None
+    return fit_growth(points, np.diag(variances).tolist(), "accuracy" if is_accuracy else "loss")
+
+
+def _measured_gain(manifest: Manifest) -> tuple[float | None, float | None]:
+    """Return the gain of an adapter and its error: of preferences and labels in accuracy."""
+    if manifest.preference is not None:
+        return manifest.preference.accuracy.change, manifest.preference.accuracy.change_error
+    if manifest.labels is not None:
+        return manifest.labels.accuracy_change() or (None, None)
+    result = manifest.result
+    return (result.gain, result.standard_error) if result else (None, None)
 
 
 def _read_results(runs_dir: Path) -> Iterable[_SweepFile]:

@@ -1,5 +1,7 @@
 """Part of `manifest.json`: the labels that an adapter tells, and how well."""
 
+import math
+from statistics import fmean, stdev
 from typing import Annotated
 
 from pydantic import BaseModel, Field, model_validator
@@ -19,7 +21,8 @@ class LabelFigures(_LabelModel):
 
     `macro_f1` counts all labels alike. `calibration_error` is the expected one (Guo et al., 2017,
     arXiv:1706.04599, ten bins): how far the probability of the chosen label is from the share that is
-    right. `confusion[i][j]` counts rows with label i that are given label j.
+    right. `confusion[i][j]` counts rows with label i that are given label j. `right` has a 1 for each
+    row, in order, that is given its label, and a 0 for others; it is empty in older manifests.
     """
 
     accuracy: float
@@ -27,6 +30,7 @@ class LabelFigures(_LabelModel):
     macro_f1: float
     calibration_error: float
     confusion: list[list[int]]
+    right: Annotated[str, Field(pattern="^[01]*$")] = ""
 
     @property
     def rows(self) -> int:
@@ -64,7 +68,19 @@ class LabelInfo(_LabelModel):
     def _check_names(self) -> "LabelInfo":
         if len({*self.names}) < len(self.names) or len(self.counts) != len(self.names):
             raise ValueError("names are different, and each has a count")
+        if self.figures and self.base and len(self.figures.right) != len(self.base.right):
+            raise ValueError("figures of adapter and base are of the same rows")
         return self
+
+    def accuracy_change(self) -> tuple[float, float | None] | None:
+        """Return the change of the accuracy from the base and its paired standard error; None where
+        it was not measured row by row."""
+        if self.figures is None or self.base is None or not self.figures.right:
+            return None
+        rights = zip(self.figures.right, self.base.right, strict=True)
+        changes = [int(adapter) - int(base) for adapter, base in rights]
+        error = stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None
+        return fmean(changes), error
 
     def lines(self) -> list[tuple[str, str]]:
         """Return names and texts of the figures, of adapter and base; none where nothing was measured."""

@@ -91,7 +91,8 @@ def plot_loss(history: Sequence[Mapping[str, float]], manifest: Manifest, to: Pa
         axes.plot(numbers, smooth_losses(losses), color="tab:blue", label="training, smoothed")
     axes.set(xlabel="step", ylabel="loss per token")
     if manifest.preference:  # its loss has another scale than that of text
-        axes.set(ylabel=f"loss of {manifest.preference.objective} per pair")
+        objective = manifest.preference.objective
+        axes.set(ylabel=f"loss of {objective} per {'answer' if objective == 'kto' else 'pair'}")
         axes = axes.twinx()
         axes.set(ylabel="held-out loss per token of the chosen answers")
     held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}

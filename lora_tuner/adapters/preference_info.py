@@ -42,7 +42,8 @@ class PreferenceInfo(_Figures):
     `accuracy` is the share of pairs of which the chosen answer has the higher mean log-probability per
     token, `margin` the mean difference of the two in nats per token; of KTO each desired answer is
     compared with each undesired one. `reward_accuracy` compares sums of log-probabilities less those of
-    the reference, as DPO and KTO do, and is None of ORPO. Pairs with one prompt count as a group in errors.
+    the reference, as DPO and KTO do, and is None of ORPO. Pairs, of KTO answers, with one prompt
+    count as a group in errors.
     """
 
     objective: Literal["dpo", "orpo", "kto"]
@@ -51,7 +52,7 @@ class PreferenceInfo(_Figures):
     weights: tuple[float, float] | None = None  # KTO: of a desired and of an undesired answer
     rows: int  # pairs; of KTO desired answers
     undesired: int | None = None  # KTO: undesired answers
-    groups: int | None = None  # prompts, if fewer than pairs
+    groups: int | None = None  # prompts, if fewer than pairs, or of KTO answers
     accuracy: PairedFigure
     margin: PairedFigure
     reward_accuracy: float | None = None
@@ -60,9 +61,10 @@ class PreferenceInfo(_Figures):
     longer: PairsByLength | None = None
 
     def describe_rows(self) -> str:
-        if self.undesired is not None:
-            return f"{self.rows:,} desired and {self.undesired:,} undesired held-out answers"
         groups = f" of {format_count(self.groups, 'prompt')}" if self.groups else ""
+        if self.undesired is not None:
+            kinds = f"{self.rows:,} desired and {self.undesired:,} undesired"
+            return f"{kinds} held-out answers{groups}"
         return f"{format_count(self.rows, 'held-out pair')}{groups}"
 
     def describe_settings(self) -> str:

@@ -21,6 +21,7 @@ Sentences = Annotated[list[Annotated[str, Field(max_length=1_000)]], Field(min_l
 PValue = Annotated[float, Field(ge=0, le=1)]
 TextName = Annotated[str, Field(max_length=200)]
 
+Figure = Literal["loss", "accuracy"]
 Quantity = Literal["rows", "steps", "rank", "rows and steps"]
 
 
@@ -118,8 +119,9 @@ class ForgettingFigures(_Figures):
 
 
 class Doubling(_Model):
-    """Gain of the trials of a sweep by the number of rows, steps or ranks, in nats per token, and what
-    twice the last of these `values` would add to it, with its standard error and 80% interval.
+    """Gain of the trials of a sweep by the number of rows, steps or ranks, in nats per token or in
+    accuracy, and what twice the last of these `values` would add to it, with its standard error and
+    80% interval.
     """
 
     quantity: Quantity
@@ -132,8 +134,12 @@ class Doubling(_Model):
 
 
 class GrowthFigures(_Figures):
-    """Gain by rows, steps and rank, and what doubling each would bring (adapters/growth.py)."""
+    """Gain by rows, steps and rank, and what doubling each would bring (adapters/growth.py).
 
+    It is that of the held-out loss, of preferences and labels that of the accuracy.
+    """
+
+    figure: Figure = "loss"
     doublings: Annotated[list[Doubling], Field(min_length=1, max_length=4)]
 
 

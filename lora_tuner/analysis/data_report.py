@@ -6,12 +6,13 @@ replaced."""
 
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from ..config import ModelOptions, TrainConfig
-from ..data import preferences, tokenization
+from ..data import labels, preferences, tokenization
 from ..data.dataset import Dataset, load_dataset
 from ..data.dropped import DroppedCopy, find_dropped
 from ..data.near_duplicates import clusters
@@ -71,6 +72,8 @@ class DataReport:
     Attributes:
         counts: Rows read, and what became of them (`RowCounts`).
         sources: The same of each dataset, if there are several.
+        contents: Usable rows of each label, by "labels"; pairs, or desired and undesired answers, and
+            prompts, by "preferences".
         stops_training: Too many rows are invalid for `--max-invalid`.
         sampled_rows: Rows that all figures but the counts are of.
         is_sample: These are not all usable rows.
@@ -86,6 +89,7 @@ class DataReport:
     clean: str
     counts: dict[str, int]
     sources: dict[str, dict[str, int]]
+    contents: dict[str, dict[str, int]]
     invalid: list[Invalid]
     stops_training: bool
     sampled_rows: int
@@ -156,6 +160,7 @@ def make_report(
         sources={display_name(source.name): asdict(source.counts) for source in dataset.sources}
         if several
         else {},
+        contents=_count_contents(config, dataset, excerpts),
         invalid=_invalid_reasons(dataset, excerpts),
         stops_training=any(
             source.counts.invalid > config.max_invalid * source.counts.read for source in dataset.sources
@@ -210,6 +215,22 @@ def _load(config: TrainConfig, excerpts: Excerpts, hints: list[str], notify: Eve
         dataset = load_dataset(config.model_copy(update={"near_duplicates": "keep"}))
         hints.append(excerpts.mask(f"Training would stop: {error}"))
         return dataset
+
+
+def _count_contents(config: TrainConfig, dataset: Dataset, excerpts: Excerpts) -> dict[str, dict[str, int]]:
+    """Count labels, or what there is of preferences, in the rows to train on and those held out."""
+    rows = [*dataset.train, *dataset.held_out_rows]
+    if config.label_column is not None:
+        counts = labels.count_labels(rows)
+        names = [*dataset.labels] or sorted(counts)
+        return {"labels": {excerpts.mask(name): counts[name] for name in names}}
+    if not config.learns_preferences:
+        return {}
+    answers = Counter(name for row in rows for name in preferences.answer_texts(row))
+    answers["pairs"] = answers.pop("chosen", 0)
+    answers["prompts"] = len({preferences.prompt_of(row) for row in rows} - {""})
+    shown = ("pairs", "desired", "undesired", "prompts")
+    return {"preferences": {name: answers[name] for name in shown if answers[name]}}
 
 
 def _invalid_reasons(dataset: Dataset, excerpts: Excerpts) -> list[Invalid]:

@@ -45,6 +45,7 @@ from .style import StyleReport
 from .subject import load_subject
 
 NO_SWEEP = "it is no trial of a sweep over rows, steps or rank; `train --max-rows 250,500,1000,2000` trains one"
+LEARNS_LABELS = "it tells labels, and has not learned the texts; `adapters show` says how well"
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 Texts = dict[str, list[tuple[str, dict[str, str]]]]  # heading -> place, and texts by name
@@ -117,7 +118,9 @@ def make_report(
     check_weights_hash(adapter)
     start, parts = time.monotonic(), _Parts(skip)
     subject, texts, continuations = load_subject(adapter, None, options), None, None
-    if subject.held_out.missing:
+    if adapter.manifest.labels is not None:
+        parts.leave_out(("style", "memory"), LEARNS_LABELS)
+    elif subject.held_out.missing:
         parts.leave_out(("style", "memory"), subject.held_out.missing)
     if has_texts := parts.has("style", "memory"):
         generator = Generator(adapter.path, options=options, adapters_dir=adapter.path.parent)
@@ -268,7 +271,8 @@ def _growth_contents(report: Report) -> _Contents:
                 f"{doubling.low:+.3f} to {doubling.high:+.3f}",
             ]
         )
-    return [], {"Gain by size": rows}, {}
+    of = "Accuracy above that of the base" if report.growth.figure == "accuracy" else "Gain"
+    return [], {f"{of} by size": rows}, {}
 
 
 _CONTENTS = {

@@ -208,6 +208,9 @@ def _show_counts(report: "DataReport") -> None:
     print_wrapped(format_counts(report.counts))
     for name, counts in report.sources.items():
         print_wrapped(one_line(f"{name}: {format_counts(counts)}"), "  ")
+    for name, counts in report.contents.items():
+        shown = ", ".join(f"{key} {count:,}" for key, count in counts.items())
+        print_wrapped(one_line(f"{name}: {shown}"))
     for invalid in report.invalid:
         print_wrapped(one_line(f"{invalid.rows:,} with {invalid.reason} (first: {invalid.first})"), "  ")
     for copy in report.dropped:

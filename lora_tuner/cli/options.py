@@ -210,7 +210,7 @@ def _option(name: str, field: FieldInfo, *, sweeps: bool) -> inspect.Parameter:
         default = "on" if default else "off"
     number = None
     if name in SWEEPABLE and sweeps:
-        number = float if name in ("learning_rate", "epochs") else int
+        number = float if name in ("learning_rate", "epochs", "beta") else int
     option = typer.Option(
         *([extra["flag"]] if extra["flag"] else []),
         help=field.description if sweeps else str(field.description).replace(SEVERAL_VALUES, ""),

@@ -316,7 +316,8 @@ def _show_probe(probe: RateProbe) -> None:
 def _show_sweep(result: "SweepResult") -> None:
     table, base, *sentences = result.summary()
     print_parts([table, base])
-    print_picture(result.folder / SWEEP_PLOT_FILE, "held-out loss against size and training time")
+    figure = "loss" if result.base_accuracy is None else "error (1 - accuracy)"
+    print_picture(result.folder / SWEEP_PLOT_FILE, f"held-out {figure} against size and training time")
     print_parts(sentences)
     recommended = load_adapter_folder(result.path)
     _show_samples(recommended)

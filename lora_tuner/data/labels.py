@@ -3,6 +3,7 @@
 Such a row is one of `chat.encode_answer` whose end is kept: of a long text the middle is left out.
 """
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from .columns import fold_name
 
 IMBALANCE = 3  # times the rows of the rarest label that the most frequent one has
 _SHOWN_LABELS = 12
+_LIKE_NOTHING = ("nan", "none", "null", "n/a", "na")  # as tools write no value
 
 
 def split_label(row: str) -> tuple[str, str]:
@@ -87,6 +89,14 @@ def _describe(config: TrainConfig, counts: dict[str, int]) -> list[str]:
     shown = [f"{label} {count:,}" for label, count in [*counts.items()][:_SHOWN_LABELS]]
     rest = f" and {len(counts) - _SHOWN_LABELS} other labels" if len(counts) > _SHOWN_LABELS else ""
     lines = [f"Labels{stream}: {', '.join(shown)}{rest}."]
+    for label in counts:
+        if label not in config.labels and fold_name(label) in _LIKE_NOTHING:
+            others = ",".join(name for name in counts if name != label)
+            advice = (
+                f"--labels {shlex.quote(others)}" if len(counts) <= _SHOWN_LABELS else "--labels with the others"
+            )
+            means = f"If {label} means that a row has no label"
+            lines.append(f"{means}, {advice} leaves out such rows.")
     rarest, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
     if config.balance:
         lines.append(f"--balance repeats rows until each label has {format_rows(counts[most])} to train on.")

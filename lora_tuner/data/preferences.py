@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import regex
+
 from ..errors import InvalidRowError
 from . import chat, tokenization
 from .chat import CHAT_MARK, Clean, Fields, FullMessage
@@ -25,6 +27,10 @@ LABEL_COLUMNS = ("label", "kto_tag")  # whether an answer is desired
 # The first key tells a row from that of a conversation.
 _PAIR, _LABELLED = f'{CHAT_MARK}{{"chosen":', f'{CHAT_MARK}{{"label":'
 _TRUTH_VALUES = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+# Chinese and Japanese, with their punctuation; a clause of them may end with that of ASCII.
+_UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\u3000-\u303f\uff00-\uffef]")
+_CLAUSE_MARKS = frozenset("。！？：；，、．…」』）】》”’!?:;,.)")
+_WORD_BREAK = regex.compile(r"(?w)\b")
 _NOTHING: tuple[object, ...] = (None, "", [])
 
 
@@ -181,7 +187,7 @@ def encode_labelled(
         return ""
     if value is None:
         raise InvalidRowError(f"no {name}")
-    if label in _NOTHING:
+    if label in _NOTHING or label != label:  # NaN, as of pandas
         raise InvalidRowError("no label")
     truth = _TRUTH_VALUES.get(str(label).strip().lower())
     if truth is None:
@@ -244,14 +250,30 @@ def _read_texts(
 
 
 def _common_words(one: str, other: str) -> int:
-    """Return the characters of the words with which two texts begin, so that each has others after them."""
+    """Return the characters of the words with which two texts begin, so that each has others then.
+
+    Chinese and Japanese have no spaces: there it ends with a clause or, without one, at a boundary
+    of words as Unicode has them (UAX 29), which is never inside of a grapheme.
+    """
     pairs = enumerate(zip(one, other, strict=False))
     length = next((index for index, pair in pairs if pair[0] != pair[1]), min(len(one), len(other)))
-    for end in range(length, 0, -1):
-        is_gap = one[end : end + 1].isspace() and other[end : end + 1].isspace()
-        if is_gap and not one[end - 1].isspace() and one[end:].strip() and other[end:].strip():
-            return end
+    for ends in (_ends_words, _ends_unspaced_word):
+        for end in range(length, 0, -1):
+            if ends(one, end) and ends(other, end) and one[end:].strip() and other[end:].strip():
+                return end
     return 0
+
+
+def _ends_words(text: str, end: int) -> bool:
+    """Return whether a word before white space ends here, or a clause of Chinese or Japanese."""
+    if text[end : end + 1].isspace():
+        return not text[end - 1].isspace()
+    is_unspaced = _UNSPACED.match(text, end - 1) or _UNSPACED.match(text, end)
+    return bool(is_unspaced and text[end - 1] in _CLAUSE_MARKS and _WORD_BREAK.match(text, end))
+
+
+def _ends_unspaced_word(text: str, end: int) -> bool:
+    return bool(_UNSPACED.match(text, end - 1) and _WORD_BREAK.match(text, end))
 
 
 def _read_messages(
@@ -288,6 +310,8 @@ def _read_messages(
     for name, answer in read.items():
         if not any(map(chat.is_learned, answer)):
             raise InvalidRowError(f"no answer in {name}")
+        if answer[-1]["role"] == "user":
+            raise InvalidRowError(f"{name} that ends with a question")
     beside = chat.read_parts_beside([*before, *next(iter(read.values()))], parts, clean)
     before = [message | {"weight": 0} if message["role"] == "assistant" else message for message in before]
     return before, read, beside

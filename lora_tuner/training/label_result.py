@@ -7,10 +7,11 @@ Price: base and adapter read each measured row once more, and a few tokens for e
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from peft import PeftModel
 
-from .. import distributed
+from .. import distributed, evaluation
 from ..adapters.label_info import LabelFigures, LabelInfo
 from ..config import TrainConfig
 from ..data import labels
@@ -97,15 +98,13 @@ def _measure(
     eval_rows: int,
     notify: EventHandler,
 ) -> LabelInfo:
-    if fsdp.shard_count() > 1:
-        raise TrainingError("the base is divided among processes.")
     measured, fitted = choose_rows(held_out, eval_rows)
     pairs = [labels.split_label(row) for row in [*measured, *fitted]]
     prompts = LabelPrompts("the adapter", info, base.tokenizer, base.max_context)
     prefixes = [prompts.encode_filled(text) for text, _ in pairs]
     with model.disable_adapter():
-        before = _score(base, prompts, prefixes[: len(measured)], notify, "labels of the base")
-    after = _score(base, prompts, prefixes, notify, "labels of the adapter")
+        before = _score(model, base, prompts, prefixes[: len(measured)], notify, "labels of the base")
+    after = _score(model, base, prompts, prefixes, notify, "labels of the adapter")
     truth = [info.names.index(label) for _, label in pairs]
     own, own_truth = after[: len(measured)], truth[: len(measured)]
     temperature = 1.0
@@ -140,6 +139,7 @@ def choose_rows(held_out: Sequence[str], eval_rows: int) -> tuple[list[str], lis
 
 
 def _score(
+    model: PeftModel,
     base: LoadedBase,
     prompts: LabelPrompts,
     prefixes: Sequence[list[int]],
@@ -148,8 +148,18 @@ def _score(
 ) -> torch.Tensor:
     """Return the log-probabilities of the labels, (rows, labels), with the LoRA layers of the base.
 
+    Price: if the base is sharded, a text is read once for each label, as its passes are collective.
+
     Raises GenerationError in all processes if they are not finite in one.
     """
+    if fsdp.shard_count() > 1:
+        rows = [
+            np.array([*(~token for token in prefix), *ending], np.int32)
+            for prefix in prefixes
+            for ending in prompts.endings
+        ]
+        nll = evaluation.measure_loss(model, base, rows, notify, stage=stage).nll
+        return _finite(-torch.tensor(nll, dtype=torch.float64).view(len(prefixes), -1))
     own = [*range(distributed.rank(), len(prefixes), distributed.world_size())]
     scores = torch.zeros(len(prefixes), len(prompts.endings), dtype=torch.float64)
     done = 0
@@ -165,25 +175,30 @@ def _score(
             scores[numbers] = logprobs
             done += len(numbers)
             notify(Progress(stage, done, len(own)))
-    total = torch.tensor(distributed.all_gather(scores.tolist()), dtype=torch.float64).sum(0)
-    if not total.isfinite().all():
+    return _finite(torch.tensor(distributed.all_gather(scores.tolist()), dtype=torch.float64).sum(0))
+
+
+def _finite(scores: torch.Tensor) -> torch.Tensor:
+    if not scores.isfinite().all():
         raise GenerationError("their log-probabilities are not finite.")
-    return total
+    return scores
 
 
 def label_figures(logprobs: torch.Tensor, truth: Sequence[int]) -> LabelFigures:
     """Return the figures for log-probabilities (rows, labels) and the label of each row."""
     classes = logprobs.shape[1]
     confusion = [[0] * classes for _ in range(classes)]
-    for label, chosen in zip(truth, logprobs.argmax(-1).tolist(), strict=True):
+    given = logprobs.argmax(-1).tolist()
+    for label, chosen in zip(truth, given, strict=True):
         confusion[label][chosen] += 1
-    right = sum(confusion[label][label] for label in range(classes))
+    right = "".join("01"[chosen == label] for chosen, label in zip(given, truth, strict=True))
     return LabelFigures(
-        accuracy=right / len(truth),
-        interval=wilson_interval(right, len(truth)),
+        accuracy=right.count("1") / len(truth),
+        interval=wilson_interval(right.count("1"), len(truth)),
         macro_f1=macro_f1(confusion),
         calibration_error=calibration_error(logprobs.softmax(-1), truth),
         confusion=confusion,
+        right=right,
     )
 
 

@@ -29,6 +29,7 @@ class LiveRun:
             `eval_loss` or with `eval_subset_loss`.
         total: Steps of the whole run.
         memory_bytes: The most that the run has held.
+        objective: The setting.
     """
 
     metrics: list[LogEntry]
@@ -37,6 +38,7 @@ class LiveRun:
     memory_bytes: int | None
     tokens_per_second: float | None
     seconds_left: float | None
+    objective: str = "sft"
 
 
 def read_live(folder: Path) -> LiveRun:
@@ -46,10 +48,11 @@ def read_live(folder: Path) -> LiveRun:
     for entry in _read_lines(folder / SAMPLES_FILE):
         with contextlib.suppress(ValidationError):
             samples.append(Sample.model_validate(entry))
-    total: int | None = None
+    settings: dict[str, object] = {}
     with contextlib.suppress(ConfigError):
-        steps = read_settings(folder / RUN_FILE).get("max_steps")
-        total = steps if isinstance(steps, int) else None
+        settings = read_settings(folder / RUN_FILE)
+    steps = settings.get("max_steps")
+    total = steps if isinstance(steps, int) else None
     trained = [entry for entry in metrics if {"loss", "tokens", "seconds"} <= entry.keys()]
     recent = trained[-_RECENT_STEPS:]  # of which a median leaves out a step with a pause
     paces = [entry["tokens"] / entry["seconds"] for entry in recent if entry["seconds"]]
@@ -64,6 +67,7 @@ def read_live(folder: Path) -> LiveRun:
         memory_bytes=recent[-1].get("peak_memory_bytes") if recent else None,
         tokens_per_second=median(paces) if paces else None,
         seconds_left=left,
+        objective=str(settings.get("objective", "sft")),
     )
 
 

@@ -1,7 +1,9 @@
 """Held-out figures of a run on preferences: accuracy and margin of base and adapter, with errors."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -10,10 +12,12 @@ from .. import evaluation
 from ..adapters.manifest import EvalResult
 from ..adapters.preference_info import PairedFigure, PairsByLength, PreferenceInfo
 from ..evaluation import HeldOutLoss
+from .objectives import PreferenceObjective
 from .reference import measure_reference
 from .setup import TrainingSetup
 
 Values = npt.NDArray[np.float64]
+Groups = npt.NDArray[np.int64]
 Estimate = Callable[[Values], tuple[float, float | None]]  # mean and standard error
 CLEAR_LOSS = 0.02  # share of the loss before by which that of chosen answers may rise without a warning
 
@@ -42,17 +46,14 @@ def measure_before(setup: TrainingSetup, base_chosen: HeldOutLoss) -> tuple[Held
     return base, HeldOutSides(chosen, rejected)
 
 
-def measure_after(
-    setup: TrainingSetup, before: tuple[HeldOutSides, HeldOutSides], chosen: HeldOutLoss
-) -> PreferenceInfo:
-    """Measure the rejected answers after the last step, and compare with before.
+def measure_after(setup: TrainingSetup, chosen: HeldOutLoss) -> HeldOutSides:
+    """Measure the rejected answers after the last step.
 
     Args:
-        before: that of `measure_before`.
         chosen: losses of `setup.held_out` after the last step.
     """
     rejected = evaluation.measure_loss(setup.model, setup.base, setup.rejected, setup.notify)
-    return compare_sides(setup, *before, HeldOutSides(chosen, rejected))
+    return HeldOutSides(chosen, rejected)
 
 
 def compare_sides(
@@ -62,8 +63,7 @@ def compare_sides(
     objective = setup.objective
     assert objective is not None
     is_kto = objective.name == "kto"
-    groups = np.array([]) if is_kto else _groups(setup)
-    estimate: Estimate = _two_sample_mean if is_kto else (lambda values: grouped_mean(values, groups))
+    groups, estimate = _groups(setup), make_estimate(setup)
     before, after = (_differences(_mean_logps(sides), is_kto) for sides in (base, adapter))
     wins = _wins(before), _wins(after)
     rewards = None
@@ -74,9 +74,8 @@ def compare_sides(
         ]
         rewards = estimate(_wins(_differences((sums[0], sums[1]), is_kto)))
     prompts = len(np.unique(groups))
-    lengths = np.array(base.chosen.predictions[: len(groups)]) - np.array(
-        base.rejected.predictions[: len(groups)]
-    )
+    pairs = 0 if is_kto else len(groups)
+    lengths = np.array(base.chosen.predictions[:pairs]) - np.array(base.rejected.predictions[:pairs])
     return PreferenceInfo(
         objective=objective.name,
         beta=objective.beta,
@@ -84,7 +83,7 @@ def compare_sides(
         weights=objective.weights if is_kto else None,
         rows=len(setup.held_out),
         undesired=len(setup.rejected) if is_kto else None,
-        groups=prompts if 0 < prompts < len(groups) else None,
+        groups=prompts if prompts < len(groups) else None,
         accuracy=_paired(wins[0], wins[1], estimate),
         margin=_paired(before, after, estimate),
         reward_accuracy=rewards[0] if rewards else None,
@@ -92,6 +91,20 @@ def compare_sides(
         shorter=_by_length(wins, groups, lengths < 0),
         longer=_by_length(wins, groups, lengths > 0),
     )
+
+
+def preferred(objective: PreferenceObjective, sides: HeldOutSides) -> Values:
+    """Return 1 for each held-out pair of which the chosen answer has the higher mean log-probability
+    per token, 0 for others, 0.5 for ties: (pairs,); of KTO for each with each, (desired, undesired)."""
+    return _wins(_differences(_mean_logps(sides), objective.name == "kto"))
+
+
+def make_estimate(setup: TrainingSetup) -> Estimate:
+    """Return the function that estimates the mean of a figure of held-out pairs, and its error."""
+    groups = _groups(setup)
+    if setup.objective is not None and setup.objective.name == "kto":
+        return partial(two_sample_mean, groups=groups)
+    return partial(grouped_mean, groups=groups)
 
 
 def preference_advice(info: PreferenceInfo, result: EvalResult, rate: float) -> str | None:
@@ -117,7 +130,7 @@ def preference_advice(info: PreferenceInfo, result: EvalResult, rate: float) -> 
     return None
 
 
-def grouped_mean(values: Values, groups: npt.NDArray[np.int64]) -> tuple[float, float | None]:
+def grouped_mean(values: Values, groups: Groups) -> tuple[float, float | None]:
     """Mean and its standard error over groups, whose values are not independent; None for one group."""
     mean = float(values.mean())
     sums = np.bincount(groups, values - mean)
@@ -127,13 +140,25 @@ def grouped_mean(values: Values, groups: npt.NDArray[np.int64]) -> tuple[float, 
     return mean, float(np.sqrt((sums**2).sum() * count / (count - 1)) / len(values))
 
 
-def _two_sample_mean(values: Values) -> tuple[float, float | None]:
+def two_sample_mean(values: Values, groups: Groups) -> tuple[float, float | None]:
     """Mean of a comparison of each desired answer with each undesired one, (desired, undesired), and
-    its standard error (DeLong et al., 1988)."""
-    parts = values.mean(1), values.mean(0)
-    if min(map(len, parts)) < 2:
-        return float(values.mean()), None
-    return float(values.mean()), float(np.sqrt(sum(part.var(ddof=1) / len(part) for part in parts)))
+    its standard error (DeLong et al., 1988; over groups Obuchowski, 1997).
+
+    Args:
+        groups: number of the group of each desired answer, and then of each undesired one.
+    """
+    mean, (desired, undesired) = float(values.mean()), values.shape
+    numbers = groups[:desired], groups[desired:]
+    counts = [len(np.unique(of_kind)) for of_kind in (*numbers, groups)]
+    if min(counts) < 2:
+        return mean, None
+    parts = (values.mean(1) - mean) / desired, (values.mean(0) - mean) / undesired
+    width = int(groups.max()) + 1
+    one, other = (np.bincount(*of_kind, width) for of_kind in zip(numbers, parts, strict=True))
+    variance = 0.0
+    for products, count in zip((one**2, other**2, 2 * one * other), counts, strict=True):
+        variance += float(products.sum()) * count / (count - 1)
+    return mean, math.sqrt(max(variance, 0.0))
 
 
 def _paired(base: Values, adapter: Values, estimate: Estimate) -> PairedFigure:
@@ -144,9 +169,7 @@ def _paired(base: Values, adapter: Values, estimate: Estimate) -> PairedFigure:
     )
 
 
-def _by_length(
-    wins: Sequence[Values], groups: npt.NDArray[np.int64], chosen: npt.NDArray[np.bool_]
-) -> PairsByLength | None:
+def _by_length(wins: Sequence[Values], groups: Groups, chosen: npt.NDArray[np.bool_]) -> PairsByLength | None:
     """Accuracy on some of the pairs; None without one, and of KTO, which has no pairs."""
     if not chosen.any():
         return None
@@ -156,13 +179,17 @@ def _by_length(
     return PairsByLength(pairs=int(chosen.sum()), accuracy=accuracy)
 
 
-def _groups(setup: TrainingSetup) -> npt.NDArray[np.int64]:
-    """Number of the group of each held-out pair: its own, if rows are grouped, else its prompt."""
-    if groups := setup.dataset.groups_of(setup.measured_texts):
+def _groups(setup: TrainingSetup) -> Groups:
+    """Number of the group of each held-out pair, of KTO of each answer: its own, if rows are
+    grouped, else its prompt."""
+    rows, texts = setup.held_out, setup.measured_texts
+    if setup.objective is not None and setup.objective.name == "kto":
+        rows, texts = [*rows, *setup.rejected], [*texts, *setup.rejected_texts]
+    if groups := setup.dataset.groups_of(texts):
         return np.unique(groups, return_inverse=True)[1]
     prompts: dict[bytes, int] = {}
     numbers = []
-    for index, row in enumerate(setup.held_out):
+    for index, row in enumerate(rows):
         start = int((row >= 0).argmax())
         prompt = row[:start].tobytes() if start else str(index).encode()  # without a prompt each is its own
         numbers.append(prompts.setdefault(prompt, len(prompts)))

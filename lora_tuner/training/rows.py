@@ -29,6 +29,7 @@ class EncodedRows:
     held_out_texts: list[str]
     measured_texts: list[str]  # text of each row in `held_out`
     rejected: list[tokenization.TokenIds]  # held-out rejected sides, of pairs in the order of `held_out`
+    rejected_texts: list[str]
     desired: list[bool]  # of answers with labels whether each row of `sequences` is desired
     text_use: tokenization.TextUse
 
@@ -68,13 +69,14 @@ def encode_rows(
         held_out_texts=measured.texts,
         measured_texts=measured.texts_of_rows,
         rejected=measured.rejected,
+        rejected_texts=measured.rejected_texts,
         desired=desired,
         text_use=text_use,
     )
 
 
 class _HeldOut(NamedTuple):
-    """Held-out rows as they are measured: `rows` with the text of each, and rejected sides.
+    """Held-out rows as they are measured, and rejected sides, with the text of each.
 
     `texts` are also of `skipped` rows with nothing to predict; `invalid` are rows that the chat template cannot write.
     """
@@ -82,6 +84,7 @@ class _HeldOut(NamedTuple):
     rows: list[tokenization.TokenIds]
     texts_of_rows: list[str]
     rejected: list[tokenization.TokenIds]
+    rejected_texts: list[str]
     texts: list[str]
     skipped: int
     invalid: tokenization.InvalidRows
@@ -104,6 +107,7 @@ def _encode_held_out(requested: TrainConfig, dataset: Dataset, base: LoadedBase)
         rows=[*kept.values()],
         texts_of_rows=[texts[index] for index in kept],
         rejected=[*rejected.values()],
+        rejected_texts=[others[index] for index in rejected],
         # Of a pair that is not measured neither side is, now or later.
         texts=[text for index, text in writable.items() if index in kept or index not in rows],
         skipped=len(writable) - len(kept),

@@ -331,9 +331,10 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
             history = _complete_curve(setup, history, base_held_out, held_out)
             base_held_out = replace(base_held_out, groups=setup.dataset.groups_of(setup.measured_texts))
             result = evaluation.paired_gain(base_held_out, held_out)
-            preference = None
+            preference, after = None, None
             if before is not None:
-                preference = preference_result.measure_after(setup, before, held_out)
+                after = preference_result.measure_after(setup, held_out)
+                preference = preference_result.compare_sides(setup, *before, after)
                 change = evaluation.paired_gain(before[1].chosen, held_out)
                 advice = preference_result.preference_advice(preference, change, setup.learning_rate)
             else:
@@ -358,6 +359,8 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
             write = partial(_write_adapter, setup, library, manifest, history, texts)
             adapter = distributed.run_on_rank_zero(write)
             evaluation.cache_adapter_loss(setup.base, setup.held_out, adapter, held_out)
+            if after is not None:
+                evaluation.cache_adapter_loss(setup.base, setup.rejected, adapter, after.rejected)
             distributed.run_on_rank_zero(partial(paths.remove_run_folder, config, folder, setup.notify))
     except KeyboardInterrupt as error:
         raise Interrupted(f"Stopped immediately. Resume with: {checkpoints.resume_command(config)}") from error

@@ -5,7 +5,7 @@ measured or trained in this process before. Nothing is written.
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -24,7 +24,7 @@ from ..adapters.manifest import (
     SourceInfo,
     utc_timestamp,
 )
-from ..config import FILE_SETTINGS, PROBE, TrainConfig, is_conversation
+from ..config import DEFAULT_BETA, FILE_SETTINGS, PROBE, TrainConfig, is_conversation
 from ..data.eval_sets import EvalSet
 from ..data.general_text import general_texts
 from ..data.prompts import held_out_prompts
@@ -277,6 +277,9 @@ def prepare_training(
     """
     kernels.tune_malloc()
     inputs = inputs or load_inputs(requested, notify)
+    if inputs.objective is not None:  # trials of a sweep share the rows, not beta
+        objective = replace(inputs.objective, beta=requested.beta or DEFAULT_BETA)
+        inputs = replace(inputs, objective=objective)
     model = _add_lora(requested, inputs, notify)
     checkpointing = profiling.fit_to_memory(inputs, model, requested.gradient_checkpointing, notify)
     if isinstance(requested.learning_rate, int | float):

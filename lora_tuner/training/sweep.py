@@ -197,7 +197,7 @@ def _resume_command(name: str, config: TrainConfig) -> str:
 
 def _trial_name(name: str, config: TrainConfig, configs: Sequence[TrainConfig]) -> str:
     """Make the name of a trial: that of the sweep, and the settings in which the trials differ."""
-    for setting, letters in zip(SWEEPABLE, ("r", "lr", "n", "s", "e"), strict=True):
+    for setting, letters in zip(SWEEPABLE, ("r", "lr", "n", "s", "e", "b"), strict=True):
         if len({getattr(other, setting) for other in configs}) > 1:
             value = format_number(getattr(config, setting))
             name += f"-{letters}{value}".replace(".", "p").replace("+", "")
@@ -313,7 +313,9 @@ def _run_trials(
         raise DivergedError(
             f"All trials of {name} diverged: start it again with lower learning rates and --overwrite."
         )
-    if setup is None and evaluation.cached_rows(next(iter(adapters.values()))).missing:
+    is_text = not trials[0].learns_preferences and trials[0].label_column is None
+    first_adapter = next(iter(adapters.values()))
+    if setup is None and (not is_text or evaluation.cached_rows(first_adapter).missing):
         prepare_trial(_with_max_steps(trials[0], 1, learning_rate=1.0), notify)  # the rows that are measured
     result = measure_trials(name, state.id, folder, trials, adapters, setup, notify)
     with atomic_io.atomic_folder(folder) as work:
@@ -347,6 +349,7 @@ def _finished_adapter(trial: TrainConfig, sweep: str) -> Adapter | None:
         is_trial = (config.rank, config.max_rows) == (trial.rank, trial.max_rows)
         is_trial = is_trial and trial.learning_rate in (None, PROBE, config.learning_rate)
         is_trial = is_trial and trial.max_steps in (None, config.max_steps)
+        is_trial = is_trial and trial.beta in (None, config.beta)
         if is_of_sweep and is_trial and not verify_adapter(adapter):
             return adapter
     return None

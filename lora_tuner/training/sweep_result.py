@@ -1,9 +1,15 @@
-"""Compare the trials of a sweep on the same held-out rows, recommend one, and say what more would bring."""
+"""Compare the trials of a sweep on the same held-out rows, recommend one, and say what more brings.
+
+Of text they are compared by their loss; of preferences and labels by their accuracy, which is what
+the adapter is for, and a mean over rows, so that two trials are paired row by row; a macro F1 is not.
+"""
 
 import json
-import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from .. import evaluation
 from ..adapters import plots
@@ -12,12 +18,21 @@ from ..adapters.growth import GrowthPoint, fit_growth
 from ..adapters.report import GrowthFigures
 from ..adapters.summaries import Summary, Table, to_html
 from ..config import ModelOptions, TrainConfig
+from ..data.eval_sets import EvalSet
 from ..errors import EventHandler, TrainingError
-from ..evaluation import HeldOutLoss
+from ..evaluation import HeldOutLoss, LossPair
 from ..models import lora
 from ..settings_files import resolve_settings
 from ..text import format_bytes, format_duration, format_gain, format_number
-from . import paths
+from . import label_result, paths
+from .preference_result import (
+    Estimate,
+    HeldOutSides,
+    Values,
+    grouped_mean,
+    make_estimate,
+    preferred,
+)
 from .setup import TrainingSetup
 
 
@@ -25,9 +40,9 @@ from .setup import TrainingSetup
 class Trial:
     """One run of a sweep.
 
-    `loss` is None if it diverged, `learning_rate` too if it was not given; `gap` is to the best,
-    paired; of preferences it is that of `accuracy`, and not paired. `rows` are those trained on; rows
-    and steps are None if it diverged, and in older results."""
+    `loss` is None if it diverged, `learning_rate` and `beta` too if they were not given; `gap` is to
+    the best, paired; of preferences and labels it is that of `accuracy`. `rows` are those trained on;
+    rows and steps are None if it diverged, and in older results."""
 
     name: str
     rank: int
@@ -39,14 +54,17 @@ class Trial:
     standard_error: float | None = 0.0  # None for a single held-out row, group or document
     rows: int | None = None
     steps: int | None = None
-    accuracy: float | None = None  # share of held-out preferences; None of text
+    accuracy: float | None = None  # share of held-out preferences or labels; None of text
+    macro_f1: float | None = None  # of labels
+    beta: float | None = None  # of preferences
 
 
 @dataclass(frozen=True)
 class SweepResult:
     """All trials, and the recommended one, with the path of its adapter: the smallest whose gap is
     within one standard error. `id` is in the manifests of the adapters; `growth` says what doubling
-    rows, steps or rank would bring, where three trials or more differ in one of them."""
+    rows, steps or rank would bring, where three trials or more differ in one of them. `base_accuracy`
+    is None of text."""
 
     name: str
     base_loss: float  #: held-out loss of the base
@@ -56,12 +74,14 @@ class SweepResult:
     folder: Path  #: of the sweep, with sweep.json and sweep.png
     id: str = ""
     growth: GrowthFigures | None = None
-    base_accuracy: float | None = None  #: of preferences
+    base_accuracy: float | None = None  #: of preferences or labels
 
     def summary(self) -> Summary:
         """A table of the trials, and sentences: on the base, on more data, on which to keep."""
-        accuracy = "" if self.base_accuracy is None else f", preference accuracy {self.base_accuracy:.3f}"
-        why = "the smallest within a standard error of the best"
+        accuracy, best = "", "best"
+        if self.base_accuracy is not None:
+            accuracy, best = f", accuracy {self.base_accuracy:.3f}", "best accuracy"
+        why = f"the smallest within a standard error of the {best}"
         if any(trial.standard_error is None for trial in self.trials):
             why = (
                 "the best; one held-out row, group or document gives no standard error, "
@@ -75,41 +95,47 @@ class SweepResult:
         ]
 
     def _table(self) -> Table:
-        """A row for each trial, with rank and rate or, if rows or steps differ, all that differs."""
-        settings = {"rank": "rank", "learning_rate": "learning rate", "rows": "training rows", "steps": "steps"}
+        """A row for each trial, with rank and rate or, if others differ, all that differs."""
+        settings = {"rank": "rank", "learning_rate": "learning rate", "beta": "beta"}
+        settings |= {"rows": "training rows", "steps": "steps"}
         trained = [trial for trial in self.trials if trial.loss is not None]
         differ = {name for name in settings if len({getattr(trial, name) for trial in trained}) > 1}
-        shown = differ if differ & {"rows", "steps"} else {"rank", "learning_rate"}
+        shown = differ if differ & {"rows", "steps", "beta"} else {"rank", "learning_rate"}
         columns = {name: label for name, label in settings.items() if name in shown}
+        of_accuracy = {} if self.base_accuracy is None else {"accuracy": "accuracy"}
+        if any(trial.macro_f1 is not None for trial in self.trials):
+            of_accuracy["macro_f1"] = "macro F1"
         rows = []
         for trial in self.trials:
             values = [getattr(trial, name) for name in columns]
             loss, gap = "diverged", ""
             if trial.loss is not None:
                 loss, gap = f"{trial.loss:.3f}", format_gain(trial.gap, trial.standard_error)
-            accuracy = "" if trial.accuracy is None else f"{trial.accuracy:.3f}"
+            shares = [getattr(trial, name) for name in of_accuracy]
             rows.append(
                 (
                     trial.name,
                     *("" if value is None else format_number(value) for value in values),
                     loss,
-                    *([] if self.base_accuracy is None else [accuracy]),
+                    *("" if share is None else f"{share:.3f}" for share in shares),
                     gap,
                     format_bytes(trial.bytes),
                     format_duration(trial.seconds),
                 )
             )
-        by_accuracy = [] if self.base_accuracy is None else ["accuracy"]
         header = (
             "adapter",
             *columns.values(),
             "held-out loss",
-            *by_accuracy,
+            *of_accuracy.values(),
             "gap to the best",
             "size",
             "training",
         )
-        return Table(rows, header, droppable=("learning rate", "training"))
+        droppable = ["learning rate", "training"]
+        if of_accuracy:
+            droppable += ["held-out loss", "macro F1"]
+        return Table(rows, header, droppable=droppable)
 
     def _repr_html_(self) -> str:
         return to_html(self.summary())
@@ -118,6 +144,33 @@ class SweepResult:
         """All figures for JSON."""
         growth = self.growth.model_dump() if self.growth else None
         return asdict(self) | {"path": str(self.path), "folder": str(self.folder), "growth": growth}
+
+
+@dataclass(frozen=True)
+class _Outcomes:
+    """Results on the same held-out preferences or labels: 1 if right, 0 if not, or between.
+
+    `estimate` returns the mean over them and its standard error.
+    """
+
+    base: Values
+    adapters: dict[str, Values]
+    estimate: Estimate
+
+    def gain_covariance(self, names: Sequence[str]) -> list[list[float]] | None:
+        """Covariance of the gains of adapters, (adapters, adapters); None for one row or group."""
+        gains = [self.adapters[name] - self.base for name in names]
+        if self.estimate(self.base)[1] is None:
+            return None
+
+        def variance(values: Values) -> float:
+            return (self.estimate(values)[1] or 0.0) ** 2
+
+        variances = [*map(variance, gains)]
+        return [
+            [(variances[i] + variances[j] - variance(gains[i] - gains[j])) / 2 for j in range(len(gains))]
+            for i in range(len(gains))
+        ]
 
 
 def measure_trials(
@@ -147,12 +200,16 @@ def measure_trials(
         base, rows = evaluation.open_base(first_adapter, options), evaluation.cached_rows(first_adapter)
         for adapter in adapters.values():
             lora.check_base(adapter, base, options)
-    losses = evaluation.held_out_losses(base, adapters, [rows], notify)
+    sets = [rows]
+    if setup is not None and setup.objective is not None:
+        sets.append(EvalSet(f"{name}, not chosen", setup.rejected_texts))
+    of_adapters = evaluation.held_out_losses(base, adapters, sets, notify)
+    losses = dict(zip(adapters, of_adapters, strict=True))
     held_out = {}
-    for trial_name, (pair,) in zip(adapters, losses, strict=True):
-        if pair is None:
+    for trial_name, pairs in losses.items():
+        if pairs[0] is None:
             raise TrainingError(f"{name}: {rows.missing}, so the trials cannot be compared.")
-        base_held_out, held_out[trial_name] = pair
+        base_held_out, held_out[trial_name] = pairs[0]
     best = min(held_out.values(), key=lambda loss: loss.loss)
     results = []
     for trial in trials:
@@ -179,50 +236,90 @@ def measure_trials(
                     standard_error=gap.standard_error,
                     rows=adapter.manifest.data.counts["train"],
                     steps=adapter.manifest.run.steps,
+                    beta=config.beta,
                 )
             )
-    infos = [adapter.manifest.preference for adapter in adapters.values() if adapter.manifest]
-    base_accuracy = infos[0].accuracy.base if infos[0] else None
-    if base_accuracy is not None:
-        results = _compare_accuracy(results, adapters)
+    outcomes = _outcomes(setup, adapters, losses) if setup is not None else None
+    base_accuracy = None
+    if outcomes is not None:
+        base_accuracy, _ = outcomes.estimate(outcomes.base)
+        results = _compare_accuracy(results, adapters, outcomes)
     good = [trial for trial in results if trial.loss is not None and trial.gap <= (trial.standard_error or 0.0)]
     smallest = min(good, key=lambda trial: (trial.bytes, -(trial.accuracy or 0.0), trial.loss))
     path = adapters[smallest.name].path
-    growth = _fit_growth(results, base_held_out, held_out) if base_accuracy is None else None
+    growth = _fit_growth(results, base_held_out, held_out, outcomes)
     return SweepResult(
         name, base_held_out.loss, results, smallest.name, path, folder, sweep, growth, base_accuracy
     )
 
 
-def _compare_accuracy(trials: list[Trial], adapters: dict[str, Adapter]) -> list[Trial]:
-    """Return the trials with their preference accuracy, and the gap to the best one."""
-    figures = {
-        name: adapter.manifest.preference.accuracy
-        for name, adapter in adapters.items()
-        if adapter.manifest and adapter.manifest.preference
-    }
-    best = max(figures.values(), key=lambda figure: figure.adapter)
+def _outcomes(
+    setup: TrainingSetup,
+    adapters: Mapping[str, Adapter],
+    losses: Mapping[str, Sequence[LossPair | None]],
+) -> _Outcomes | None:
+    """Return the results on preferences or labels; None of text, or where they were not measured."""
+    right: dict[str, Values] = {}
+    if setup.objective is not None:
+        for name, (chosen, rejected) in losses.items():
+            if chosen is None or rejected is None:
+                return None
+            sides = map(HeldOutSides, chosen, rejected)
+            base, right[name] = (preferred(setup.objective, each) for each in sides)
+        return _Outcomes(base, right, make_estimate(setup))
+    for name, adapter in adapters.items():
+        labels = adapter.manifest.labels if adapter.manifest else None
+        figures = (labels.base, labels.figures) if labels else (None, None)
+        rights = [np.array([*each.right], np.float64) for each in figures if each and each.right]
+        if len(rights) < 2:
+            return None
+        base, right[name] = rights
+    measured, _ = label_result.choose_rows(setup.dataset.held_out, setup.config.eval_rows)
+    groups = np.array(setup.dataset.groups_of(measured) or range(len(measured)))
+    return _Outcomes(base, right, lambda values: grouped_mean(values, groups))
+
+
+def _compare_accuracy(
+    trials: Sequence[Trial], adapters: Mapping[str, Adapter], outcomes: _Outcomes
+) -> list[Trial]:
+    """Return the trials with their accuracy, and the paired gap to the best one."""
+    means = {name: outcomes.estimate(values)[0] for name, values in outcomes.adapters.items()}
+    best = max(means, key=means.__getitem__)
     compared = []
     for trial in trials:
-        if (figure := figures.get(trial.name)) is None:
-            compared.append(trial)
-            continue
-        error = None
-        if figure.error is not None and best.error is not None:
-            error = 0.0 if figure is best else math.hypot(figure.error, best.error)
-        gap = best.adapter - figure.adapter
-        compared.append(replace(trial, accuracy=figure.adapter, gap=gap, standard_error=error))
+        if trial.name in means:
+            _, error = outcomes.estimate(outcomes.adapters[best] - outcomes.adapters[trial.name])
+            manifest = adapters[trial.name].manifest
+            figures = manifest.labels.figures if manifest and manifest.labels else None
+            trial = replace(
+                trial,
+                accuracy=means[trial.name],
+                gap=means[best] - means[trial.name],
+                standard_error=error,
+                macro_f1=figures.macro_f1 if figures else None,
+            )
+        compared.append(trial)
     return compared
 
 
-def _fit_growth(trials: list[Trial], base: HeldOutLoss, held_out: dict[str, HeldOutLoss]) -> GrowthFigures | None:
+def _fit_growth(
+    trials: Sequence[Trial],
+    base: HeldOutLoss,
+    held_out: Mapping[str, HeldOutLoss],
+    outcomes: _Outcomes | None,
+) -> GrowthFigures | None:
     """Estimate what a doubling would bring; None where too few trials differ, or no errors are known."""
-    points, losses = [], []
+    points, names = [], []
+    base_accuracy = outcomes.estimate(outcomes.base)[0] if outcomes else 0.0
     for trial in trials:
         if trial.loss is not None and trial.rows and trial.steps:
-            points.append(GrowthPoint(trial.rows, trial.steps, trial.rank, base.loss - trial.loss))
-            losses.append(held_out[trial.name])
-    covariance = evaluation.gain_covariance(base, losses)
+            gain = base.loss - trial.loss if trial.accuracy is None else trial.accuracy - base_accuracy
+            points.append(GrowthPoint(trial.rows, trial.steps, trial.rank, gain))
+            names.append(trial.name)
+    if outcomes is not None:
+        covariance = outcomes.gain_covariance(names)
+        return fit_growth(points, covariance, "accuracy") if covariance else None
+    covariance = evaluation.gain_covariance(base, [held_out[name] for name in names])
     return fit_growth(points, covariance) if covariance else None
 
 
@@ -239,5 +336,6 @@ def write_result(result: SweepResult, folder: Path) -> None:
     if result.base_accuracy is None:
         plots.plot_sweep(points, result.base_loss, result.recommended, path, result.growth)
     else:
-        label = "share of held-out preferences missed"
-        plots.plot_sweep(points, 1 - result.base_accuracy, result.recommended, path, None, label)
+        label = "held-out error (1 - accuracy)"
+        base_error = 1 - result.base_accuracy
+        plots.plot_sweep(points, base_error, result.recommended, path, result.growth, label)

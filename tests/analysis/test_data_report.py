@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lora_tuner import ModelOptions, evaluation
-from lora_tuner.analysis import data_report, phones, row_checks, text_checks
+from lora_tuner.analysis import data_page, data_report, phones, row_checks, text_checks
 from lora_tuner.config import TrainConfig
 from lora_tuner.data import tokenization
 from lora_tuner.data.dataset import load_dataset
@@ -13,7 +13,7 @@ from lora_tuner.errors import BaseModelError, HubError
 from lora_tuner.models import loading, resolve
 
 from ..data.test_chat import chat_base  # noqa: F401 - a fixture
-from ..data_files import jsonl
+from ..data_files import TEXTS, jsonl
 from .conftest import SECRETS
 
 
@@ -107,7 +107,21 @@ def test_preferences_are_read_by_side(make):
     emails = next(found for found in report.personal_data if found.kind == "email")
     assert emails.rows == 30
     assert report.losses.rows == 5
+    assert report.contents == {"preferences": {"pairs": 30, "prompts": 30}}
     assert "[rejected] no" in report.short[0].text if report.short else True
+
+
+def test_labels_and_answers_are_counted(make):
+    rows = [{"prompt": f"say {n // 2}", "completion": f"yes {n}", "label": n % 3 > 0} for n in range(30)]
+    report = make("a.jsonl", jsonl(rows), objective="kto", near_duplicates="keep")
+    assert report.contents == {"preferences": {"desired": 20, "undesired": 10, "prompts": 15}}
+    text = "text,label\n" + "".join(f"{words},{'ann@x.org' if n % 3 else 'b'}\n" for n, words in enumerate(TEXTS))
+    report = make("b.csv", text, label_column="label")
+    assert report.contents["labels"]["b"] == 10
+    assert "ann@x.org" not in report.contents["labels"]
+    page = data_page.render_page(report)
+    assert "<h3>Labels</h3>" in page
+    assert "<li>10 b</li>" in page
 
 
 def test_template_rows_are_read_as_text(make):

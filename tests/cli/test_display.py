@@ -329,7 +329,14 @@ def test_preferences_are_shown(capsys, monkeypatch, tmp_path):
     train._show_sweep(result)
     shown = printed(capsys)
     assert "accuracy" in shown.splitlines()[0]
-    assert "base: held-out loss 3.000, preference accuracy 0.600" in shown
+    assert "base: held-out loss 3.000, accuracy 0.600" in shown
+    trials = [Trial(f"s-b{beta}", 2, 1e-3, 2.0, accuracy=0.8, macro_f1=0.75, beta=beta) for beta in (0.1, 0.5)]
+    train._show_sweep(SweepResult("s", 3.0, trials, "s-b0.1", adapter.path, tmp_path, base_accuracy=0.6))
+    lines = printed(capsys).splitlines()
+    header = " ".join(lines[0].split())
+    assert header == "adapter beta held-out loss accuracy macro F1 gap to the best size"
+    assert lines[1].split()[:5] == ["s-b0.1", "0.1", "2.000", "0.800", "0.750"]
+    assert max(map(len, lines[:3])) <= 80
 
 
 def test_results_say_where_pictures_are(capsys, wide, tmp_path):

@@ -228,6 +228,14 @@ def test_imbalance_is_said(load):
     assert not any("--balance" in text for text in load.notices)
 
 
+@pytest.mark.parametrize("name", ["nan", "None", "N/A"])
+def test_name_of_nothing_is_said(load, name):
+    load("a.csv", labelled("a", "b", name), **LABEL)
+    assert f"If {name} means that a row has no label, --labels a,b leaves out such rows." in load.notices
+    load("a.csv", labelled("a", "b", name), **LABEL, labels=["a", "b", name])
+    assert not any(" means that a row has no label" in text for text in load.notices)
+
+
 def test_balance_repeats_rows_evenly():
     def row(text, label):
         return chat.encode_answer(text + label, (len(text), len(text) + len(label)), keep=True)

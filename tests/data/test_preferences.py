@@ -80,6 +80,16 @@ def test_answers_alone_share_their_prompt():
         ("the cat", "the cat sat", ["the", " cat", " cat sat"]),
         ("a\n\nb: c d", "a\n\nb: c\ne", ["a\n\nb: c", " d", "\ne"]),
         ("one", "two", ["", "one", "two"]),
+        ("onyx", "one", ["", "onyx", "one"]),
+        # Without spaces: a clause, else a word; kana of one word stay together, as do graphemes.
+        ("日本の首都は？東京です。", "日本の首都は？京都です。", ["日本の首都は？", "東京です。", "京都です。"]),
+        ("今天怎么样？今天很好", "今天怎么样？今天不好", ["今天怎么样？", "今天很好", "今天不好"]),
+        ("问:好吗?答:好", "问:好吗?答:不", ["问:好吗?答:", "好", "不"]),
+        ("日本は美しい", "日本は小さい", ["日本は", "美しい", "小さい"]),
+        ("カタカナ", "カタログ", ["", "カタカナ", "カタログ"]),
+        ("答えは。\u3099あ", "答えは。\u3099い", ["答えは", "。\u3099あ", "。\u3099い"]),
+        ("葛\U000e0100城", "葛\U000e0101城", ["", "葛\U000e0100城", "葛\U000e0101城"]),
+        ("か\u3099く", "かく", ["", "か\u3099く", "かく"]),
     ],
 )
 def test_common_beginning_ends_at_word(chosen, rejected, sides):
@@ -302,6 +312,7 @@ def test_held_out_rows_are_chosen_answers(load):
         ({"chosen": YES, "rejected": YES}, "equal chosen and rejected"),
         ({"chosen": YES, "rejected": "no"}, "chosen and rejected of two kinds: a text and a list of messages"),
         ({"chosen": YES, "rejected": ASKED}, "no answer in rejected"),
+        ({"prompt": ASKED, "chosen": YES, "rejected": [*NO, *ASKED]}, "rejected that ends with a question"),
         ({"prompt": [*ASKED, *YES], "chosen": YES, "rejected": NO}, "a prompt that ends with an answer"),
         ({"prompt": "why?", "chosen": [*ASKED, *YES], "rejected": [*ASKED, *NO]},
          "a prompt that is not the question in front of its answers"),
@@ -321,7 +332,9 @@ def test_malformed_pair_is_counted(load, changes, reason):
     [
         ({"label": "maybe"}, "a label other than true and false"),
         ({"label": 2}, "a label other than true and false"),
+        ({"label": "good"}, "a label other than true and false"),
         ({"label": None}, "no label"),
+        ({"label": float("nan")}, "no label"),
         ({"completion": ""}, "nothing in completion"),
         ({"completion": None}, "no completion"),
         ({"prompt": None}, "no prompt"),

@@ -17,6 +17,7 @@ from lora_tuner.models.loading import load_base
 from lora_tuner.models.memory import _weight_bytes
 from lora_tuner.models.resolve import find_base
 
+from ..training import preferences
 from ..training.test_distributed import ENDING_PROCESS, SHORT, curve, finish, run_two, start
 
 ON_A_CPU = """
@@ -95,6 +96,37 @@ def test_sharded_training_matches_unsharded(settings):
     torch.testing.assert_close(sharded_tensors, whole_tensors, atol=1e-5, rtol=1e-5)
     for name in ("base_loss", "loss", "gain", "standard_error"):
         assert getattr(two.manifest.result, name) == pytest.approx(getattr(one.manifest.result, name), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
+def test_sharded_base_learns_preferences(settings, objective):
+    """Losses and held-out figures are those of one process."""
+    rows = preferences.answers(64) if objective == "kto" else preferences.pairs(60)
+    settings |= {"dataset": preferences.write_rows(rows), "objective": objective, "eval_rows": 100}
+    settings |= {"near_duplicates": "keep"}
+    done = run_sharded(settings, "--max-steps=8", "--name=two")
+    assert done.status == 0, done.err
+    check_shards(done, settings)
+    options = {"max_steps": 8, "gradient_accumulation": 2, "name": "one"}
+    one, two = train(TrainConfig.model_validate(settings | options)), Library().get("two")
+    assert curve(one) == pytest.approx(curve(two), abs=1e-5)
+    for figure in ("accuracy", "margin"):
+        figures = [getattr(trained.manifest.preference, figure).model_dump() for trained in (one, two)]
+        assert figures[0] == pytest.approx(figures[1], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_sharded_base_tells_labels(settings):
+    settings |= {"label_column": "label", "label_names": "0=dull,1=fine", "eval_rows": 15}
+    done = run_sharded(settings, "--max-steps=8", "--name=two")
+    assert done.status == 0, done.err
+    check_shards(done, settings)
+    options = {"max_steps": 8, "gradient_accumulation": 2, "name": "one"}
+    one, two = train(TrainConfig.model_validate(settings | options)), Library().get("two")
+    whole, sharded = (trained.manifest.labels for trained in (one, two))
+    assert (sharded.figures.right, sharded.base.right) == (whole.figures.right, whole.base.right)
+    assert sharded.uncalibrated_error == pytest.approx(whole.uncalibrated_error, abs=1e-3)
 
 
 @pytest.mark.slow

@@ -1,10 +1,13 @@
 """Runs that learn labels: their figures on held-out rows, in the manifest, the card and at the end."""
 
 import json
+import math
 import random
+from statistics import fmean, stdev
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from lora_tuner import (
@@ -19,6 +22,9 @@ from lora_tuner import (
     train,
 )
 from lora_tuner.adapters.adapter import CARD_FILE, CONFUSION_FILE, MANIFEST_FILE, RUN_FILE
+from lora_tuner.adapters.growth import find_growth
+from lora_tuner.adapters.label_info import LabelFigures, LabelInfo
+from lora_tuner.analysis.report import LEARNS_LABELS, make_report, sections
 from lora_tuner.cli.options import eval_sets_from
 from lora_tuner.data.labels import split_label
 from lora_tuner.errors import TrainingError
@@ -26,11 +32,13 @@ from lora_tuner.models import fsdp
 from lora_tuner.settings_files import resolve_settings
 from lora_tuner.training import label_result
 from lora_tuner.training.learning_rate import HIGHEST_RATE, LABEL_RATE_SHARE
+from lora_tuner.training.paths import SWEEP_RESULT_FILE
 from lora_tuner.training.setup import prepare_training
 
 from .. import tiny_models
 from ..cli.test_commands import run
 from ..faults.runs import slow
+from .preferences import perturb
 
 WORDS = {"good": ("works", "shines"), "bad": ("drags", "fails")}
 
@@ -194,13 +202,21 @@ def test_label_has_to_fit(label_settings):
         prepare_training(label_settings(max_length=16))
 
 
-def test_divided_base_leaves_labels_unmeasured(label_settings, monkeypatch):
+def test_sharded_base_tells_same_labels(label_settings, monkeypatch):
+    """Its passes are of whole rows, one for each label."""
     setup = prepare_training(label_settings())
-    monkeypatch.setattr(fsdp, "shard_count", lambda: 2)
+    perturb(setup)
     told = []
-    info = label_result.measure_labels(setup.model, setup.base, setup.config, setup.dataset, told.append)
-    assert info.figures is None
-    assert "The labels were not measured: the base is divided among processes." in told[0].text
+    infos = []
+    for shards in (1, 2):
+        monkeypatch.setattr(fsdp, "shard_count", lambda shards=shards: shards)
+        infos.append(
+            label_result.measure_labels(setup.model, setup.base, setup.config, setup.dataset, told.append)
+        )
+    assert not any("not measured" in getattr(event, "text", "") for event in told)
+    for one, two in ((getattr(info, name) for info in infos) for name in ("figures", "base")):
+        assert one.right == two.right
+        assert one.calibration_error == pytest.approx(two.calibration_error, abs=1e-4)
 
 
 def test_evaluate_reads_labels_of_other_data(told, tmp_path):
@@ -306,7 +322,58 @@ def test_training_goes_on_from_labels(told, label_settings, sure_base):
 
 
 @pytest.mark.slow
-def test_sweep_measures_labels(label_settings):
-    result = run_sweep([label_settings(learning_rate=rate) for rate in (1e-3, 1e-2)])
-    for trial in result.trials:
-        assert Library().get(trial.name).manifest.labels.figures.rows == 8
+def test_sweep_recommends_by_label_accuracy(label_settings, sure_base):
+    """Not by the loss of the labels; errors are paired, row by row."""
+    settings = [
+        label_settings(base=str(sure_base), max_steps=steps, learning_rate=0.01, batch_size=4, eval_rows=20)
+        for steps in (1, 8, 30)
+    ]
+    result = run_sweep(settings)
+    figures = [Library().get(trial.name).manifest.labels.figures for trial in result.trials]
+    assert [trial.accuracy for trial in result.trials] == pytest.approx([each.accuracy for each in figures])
+    assert [trial.macro_f1 for trial in result.trials] == [each.macro_f1 for each in figures]
+    rights = [[int(right) for right in each.right] for each in figures]
+    best = max(range(3), key=lambda number: sum(rights[number]))
+    differences = [one - other for one, other in zip(rights[best], rights[0], strict=True)]
+    assert result.trials[0].gap == pytest.approx(fmean(differences))
+    assert result.trials[0].standard_error == pytest.approx(stdev(differences) / math.sqrt(len(differences)))
+    recommended = next(trial for trial in result.trials if trial.name == result.recommended)
+    assert recommended.gap <= recommended.standard_error
+    assert recommended.accuracy > result.base_accuracy
+    assert result.growth.figure == "accuracy"
+    assert result.growth.sentences[0].startswith("Twice the steps (30 to 60): accuracy ")
+    adapter = Library().get(recommended.name)
+    assert find_growth(adapter, Library()) == result.growth
+    (result.folder / SWEEP_RESULT_FILE).unlink()
+    alone = find_growth(adapter, Library())
+    assert alone.figure == "accuracy"
+    assert alone.doublings[0].gains == pytest.approx(result.growth.doublings[0].gains)
+
+
+def test_change_of_accuracy_is_paired():
+    def figures(right):
+        return LabelFigures(
+            accuracy=0, interval=(0, 1), macro_f1=0, calibration_error=0, confusion=[], right=right
+        )
+
+    info = LabelInfo(
+        column="label",
+        names=["a", "b"],
+        counts=[1, 1],
+        template="",
+        max_length=8,
+        clean="full",
+        figures=figures("1101"),
+        base=figures("0100"),
+    )
+    changes = [1, 0, 0, 1]
+    assert info.accuracy_change() == pytest.approx((0.5, stdev(changes) / 2))
+    assert info.model_copy(update={"base": None}).accuracy_change() is None
+    with pytest.raises(ValidationError, match="of the same rows"):
+        LabelInfo.model_validate(info.model_dump() | {"base": figures("1").model_dump()})
+
+
+def test_report_leaves_texts_of_labels_out(told):
+    made = make_report(told, skip=("forgetting", "growth"))
+    assert made.missing == dict.fromkeys(("style", "memory"), LEARNS_LABELS)
+    assert [section.missing for section in sections(made)] == [LEARNS_LABELS] * 2

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from lora_tuner import Interrupted, Library, Notice, Progress, atomic_io, evaluation, plan, resume, train
 from lora_tuner.adapters.adapter import CARD_FILE, MANIFEST_FILE
+from lora_tuner.adapters.growth import find_growth
 from lora_tuner.adapters.manifest import EvalResult
 from lora_tuner.adapters.preference_info import PairedFigure, PreferenceInfo
 from lora_tuner.config import DEFAULT_BETA
@@ -21,7 +22,7 @@ from lora_tuner.data.packing import PackedSequences
 from lora_tuner.errors import TrainingError
 from lora_tuner.evaluation import HeldOutLoss
 from lora_tuner.models import lora
-from lora_tuner.training import objectives, preference_result, reference, sweep
+from lora_tuner.training import objectives, preference_result, reference, sweep, sweep_result
 from lora_tuner.training.learning_rate import RATE_SHARES
 from lora_tuner.training.setup import prepare_training
 
@@ -232,7 +233,7 @@ def test_reference_is_the_parent(preferring):
     assert second.manifest.preference.reference == "parent"
 
 
-@pytest.mark.parametrize("objective", ["dpo", "kto"])
+@pytest.mark.parametrize("objective", ["dpo", pytest.param("orpo", marks=pytest.mark.slow), "kto"])
 def test_resume_repeats_run_bitwise(preferring, objective):
     """Also when the cache with the reference is gone."""
     whole = train(preferring(objective, max_steps=6, dropout=0.1, name="whole"))
@@ -329,8 +330,67 @@ def test_sweep_recommends_by_accuracy(preferring):
     assert result.recommended == best.name
     assert (best.gap, best.standard_error) == (0, 0)
     assert result.trials[0].gap == best.accuracy - result.trials[0].accuracy > 0
+    # Paired: one that has hardly learned differs from the best as the base does.
+    assert result.trials[0].standard_error == pytest.approx(accuracies[1].change_error, rel=0.3)
     assert result.base_accuracy == accuracies[0].base
     assert result.growth is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_sweep_over_steps_tells_growth(preferring, objective):
+    """The rejected answers are not measured again, but after the cache is gone."""
+    configs = [preferring(objective, max_steps=steps, learning_rate=5e-3) for steps in (1, 8, 30)]
+    told = []
+    result = sweep.run_sweep(configs, told.append)
+    assert not any("not chosen" in event.stage for event in told if isinstance(event, Progress))
+    assert result.growth.figure == "accuracy"
+    assert result.growth.doublings[0].gains == pytest.approx(
+        [trial.accuracy - result.base_accuracy for trial in result.trials]
+    )
+    adapter = Library().get(result.recommended)
+    assert find_growth(adapter, Library()) == result.growth
+    shutil.rmtree(result.folder)
+    assert find_growth(adapter, Library()).doublings[0].gains == pytest.approx(result.growth.doublings[0].gains)
+
+
+@pytest.mark.slow
+def test_finished_sweep_of_preferences_resumes(preferring, monkeypatch):
+    """All trials are done, but not compared; and the cache with what they say is gone."""
+    configs = [preferring(max_steps=1, beta=beta) for beta in (0.1, 0.5)]
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep, "measure_trials", lambda *_: {}["stop"])
+        with pytest.raises(KeyError):
+            sweep.run_sweep(configs)
+    shutil.rmtree(atomic_io.cache_dir() / "losses")
+    result = sweep.resume_sweep("pairs")
+    assert [trial.beta for trial in result.trials] == [0.1, 0.5]
+    assert [trial.name for trial in result.trials] == ["pairs-b0p1", "pairs-b0p5"]
+    for trial in result.trials:
+        preference = Library().get(trial.name).manifest.preference
+        assert (preference.beta, preference.accuracy.adapter) == (trial.beta, trial.accuracy)
+
+
+def test_trials_share_rows_not_beta(preferring):
+    first = prepare_training(preferring(beta=0.1))
+    first.remove_lora()
+    second = prepare_training(preferring(beta=0.5), inputs=first)
+    assert second.sequences is first.sequences
+    assert (first.objective.beta, second.objective.beta, second.config.beta) == (0.1, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("draw_groups", [lambda _: np.arange(40), lambda draw: draw.integers(0, 9, 40)])
+def test_covariance_of_accuracies_is_paired(draw_groups):
+    draw = np.random.default_rng(0)
+    base, one, other = draw.integers(0, 2, (3, 40)).astype(float)
+    groups = draw_groups(draw)
+    outcomes = sweep_result._Outcomes(
+        base, {"a": one, "b": other}, lambda values: preference_result.grouped_mean(values, groups)
+    )
+    covariance = np.array(outcomes.gain_covariance(["a", "b"]))
+    residuals = np.array([np.bincount(groups, gain - gain.mean()) for gain in (one - base, other - base)]) / 40
+    count = residuals.shape[1]
+    assert covariance == pytest.approx(residuals @ residuals.T * count / (count - 1))
 
 
 @pytest.mark.slow
@@ -396,9 +456,9 @@ def compare(preferring):
         setup = prepare_training(preferring(objective))
         count = len(base.chosen.nll), len(base.rejected.nll)
         row = setup.held_out[0]
-        row = np.where(np.arange(len(row)) < 1, ~np.abs(row), row)
-        held_out = [np.concatenate([[~index], row[1:]]).astype(np.int32) for index in range(count[0])]
-        setup = replace(setup, held_out=held_out, rejected=[row] * count[1], measured_texts=[""] * count[0])
+        rows = [np.concatenate([[~index], row[1:]]).astype(np.int32) for index in range(sum(count))]
+        chosen, rejected = rows[: count[0]], rows[-count[1] :]
+        setup = replace(setup, held_out=chosen, rejected=rejected, measured_texts=[""] * count[0])
         return preference_result.compare_sides(setup, base, base, adapter)
 
     return of
@@ -428,7 +488,36 @@ def test_kto_compares_each_with_each(compare):
     variance = desired.var(ddof=1) / 30 + undesired.var(ddof=1) / 20
     assert info.margin.error == pytest.approx(math.sqrt(variance))
     assert 0 < info.accuracy.change_error < 0.2
-    assert (info.rows, info.undesired, info.shorter) == (30, 20, None)
+    assert (info.rows, info.undesired, info.groups, info.shorter) == (30, 20, None, None)
+
+
+def test_kto_errors_are_of_prompts():
+    """Twice the answers to the same prompts tell no more; of prompts with both kinds one leaves out one."""
+    draw = np.random.default_rng(0)
+    scores = draw.normal(0.5, 1, 30), draw.normal(0, 1, 20)
+    values = (scores[0][:, None] > scores[1]).astype(float)
+    groups = np.arange(50)
+    once = preference_result.two_sample_mean(values, groups)
+    twice = preference_result.two_sample_mean(
+        np.repeat(values, 2, 0), np.concatenate([groups[:30].repeat(2), groups[30:]])
+    )
+    assert twice == pytest.approx(once)
+    alone = preference_result.two_sample_mean(np.repeat(values, 2, 0), np.arange(80))
+    assert alone[1] < 0.95 * once[1]
+    assert preference_result.two_sample_mean(values, np.zeros(50, dtype=int))[1] is None
+    shared = draw.normal(0, 1, 40)  # of a prompt, which makes both its answers likelier
+    scores = [shared + draw.normal(0, 0.5, 40), shared + draw.normal(-0.3, 0.5, 40)]
+    values, groups = (scores[0][:, None] > scores[1]).astype(float), np.tile(np.arange(40), 2)
+    left = [np.delete(np.delete(values, out, 0), out, 1).mean() for out in range(40)]
+    error = preference_result.two_sample_mean(values, groups)[1]
+    assert error == pytest.approx(np.std(left) * math.sqrt(39), rel=0.05)
+    assert error < 0.8 * preference_result.two_sample_mean(values, np.arange(80))[1]
+
+
+def test_kto_of_pairs_counts_prompts(preferring):
+    info = train(preferring("kto", pairs(60), max_steps=1)).manifest.preference
+    assert info.groups == info.rows == info.undesired
+    assert info.describe_rows().endswith(f"undesired held-out answers of {info.rows} prompts")
 
 
 def info_with(change, error, base=0.5):

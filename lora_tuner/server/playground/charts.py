@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
@@ -96,6 +96,7 @@ def line_chart(
         x_range: values that the x axis covers beside those of the points.
         file: name of the downloads, without extension; there are none without it.
     """
+    series = [line for line in series if line.points]
     lines = [_drawable(line, log_x) for line in series]
     points = [point for line in lines for point in line.points]
     note = Markup("")
@@ -138,14 +139,18 @@ def loss_chart(
     total_steps: int | None = None,
     base_loss: float | None = None,
     file: str = "",
+    objective: str = "sft",
 ) -> Markup:
     """Draw the losses of a run by step, while it runs or after.
+
+    Of preferences there are two charts, as the loss in training has another unit than that of text.
 
     Args:
         metrics: entries of metrics.jsonl.
         total_steps: those of the whole run, which the x axis covers.
         base_loss: held-out loss of the base.
         file: name of the downloads, without extension; there are none without it.
+        objective: the setting of the run.
     """
     entries = list(metrics)
     training, held_out, subset = (
@@ -155,20 +160,23 @@ def loss_chart(
     average = AverageLoss(total_steps or len(training))
     smoothed = [Point(p.x, average.update(p.y)) for p in training if math.isfinite(p.y)]
     rows = next((entry["eval_subset_rows"] for entry in entries if "eval_subset_rows" in entry), 0)
-    series = [
+    of_training = [
         Series("training, smoothed", smoothed),
-        Series("held out, all rows" if subset else "held out", held_out),
-        Series(f"held out, a subset of {rows:.0f} rows", subset),
         Series("training, each step", training, faint=True),
     ]
-    return line_chart(
-        [line for line in series if line.points],
-        title="Loss by training step",
-        x="step",
-        y="loss (nats per token)",
-        reference=None if base_loss is None else ("base", base_loss),
-        x_range=(0, total_steps or 0),
-        file=file,
+    of_text = [
+        Series("held out, all rows" if subset else "held out", held_out),
+        Series(f"held out, a subset of {rows:.0f} rows", subset),
+    ]
+    draw = partial(line_chart, x="step", x_range=(0, total_steps or 0))
+    reference = None if base_loss is None else ("base", base_loss)
+    draw_text = partial(draw, y="loss (nats per token)", reference=reference)
+    title = "Loss by training step"
+    if objective == "sft":
+        return draw_text([of_training[0], *of_text, of_training[1]], title=title, file=file)
+    unit = f"loss of {objective} per {'answer' if objective == 'kto' else 'pair'}"
+    return draw(of_training, title=title, y=unit, file=file) + draw_text(
+        of_text, title="Held-out loss of the chosen answers", file=file and f"{file}-held-out"
     )
 
 

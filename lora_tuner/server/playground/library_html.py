@@ -177,9 +177,9 @@ def _loss_chart(adapter: Adapter) -> Markup:
     metrics = plots.read_metrics(adapter.path / METRICS_FILE)
     if result and not any(entry["step"] == run.kept_step and "eval_loss" in entry for entry in metrics):
         metrics.append({"step": run.kept_step, "eval_loss": result.loss})
-    return charts.loss_chart(
-        metrics, run.steps, result.base_loss if result else None, file=f"{adapter.name}-loss"
-    )
+    objective = manifest.preference.objective if manifest.preference else "sft"
+    base_loss = result.base_loss if result else None
+    return charts.loss_chart(metrics, run.steps, base_loss, f"{adapter.name}-loss", objective)
 
 
 def spectrum(adapter: Adapter, layers: Mapping[str, Layer]) -> Markup:

@@ -26,7 +26,13 @@ NO_SWEEPS = (
     "No sweeps yet. A sweep trains an adapter for each rank, learning rate or number of rows and recommends one: "
     "python cli.py train --dataset DATA --name NAME --rank 4,16,64"
 )
-_AXES = {"rows": "training rows", "steps": "steps", "learning_rate": "learning rate", "rank": "rank"}
+_AXES = {
+    "rows": "training rows",
+    "steps": "steps",
+    "learning_rate": "learning rate",
+    "beta": "beta",
+    "rank": "rank",
+}
 SELECT_TRIAL = """element.addEventListener("click", event => {
     const button = event.target.closest("button[data-name]");
     if (button) trigger("select", {name: button.dataset.name});
@@ -114,27 +120,28 @@ def show_sweep(result: "SweepResult", opened: Collection[str]) -> Markup:
     Args:
         opened: adapters that the Library can show.
     """
-    axis = _choose_axis(result.trials)
+    axis, by_accuracy = _choose_axis(result.trials), result.base_accuracy is not None
     lines: dict[str, list[Point]] = {}
     for trial in sorted(result.trials, key=lambda trial: (trial.rank, trial.rows or 0, trial.steps or 0)):
         x = getattr(trial, axis)
         if x is not None:
-            loss = math.nan if trial.loss is None else trial.loss
+            figure = trial.accuracy if by_accuracy else trial.loss
             name = "trials" if axis == "rank" else f"rank {trial.rank}"
-            lines.setdefault(name, []).append(Point(x, loss, trial.standard_error, trial.name))
-    why = "the smallest within a standard error of the best"
+            point = Point(x, math.nan if figure is None else figure, trial.standard_error, trial.name)
+            lines.setdefault(name, []).append(point)
+    why = f"the smallest within a standard error of the best{' accuracy' if by_accuracy else ''}"
     if any(trial.standard_error is None for trial in result.trials):
         why = "the best; a single held-out row, group or document gives no standard error"
     chart = charts.line_chart(
         [Series(name, points) for name, points in lines.items()],
-        title=f"Held-out loss of the trials of {result.name}",
+        title=f"Held-out {'accuracy' if by_accuracy else 'loss'} of the trials of {result.name}",
         x=_AXES[axis],
-        y="held-out loss (nats per token)",
-        reference=("base", result.base_loss),
+        y="held-out accuracy" if by_accuracy else "held-out loss (nats per token)",
+        reference=("base", result.base_loss if result.base_accuracy is None else result.base_accuracy),
         log_x=True,
         file=f"sweep-{result.name}",
     )
-    rows = [(trial.name, _cells(trial, result.base_loss)) for trial in result.trials]
+    rows = [(trial.name, _cells(trial, result)) for trial in result.trials]
     return Markup(
         charts.template("sweep.html.jinja").render(result=result, why=why, chart=chart, rows=rows, opened=opened)
     )
@@ -150,13 +157,17 @@ def _choose_axis(trials: Sequence["Trial"]) -> str:
     return "rank"
 
 
-def _cells(trial: "Trial", base_loss: float) -> list[str]:
+def _cells(trial: "Trial", result: "SweepResult") -> list[str]:
     """Return the cells of a trial; one that diverged has no figures."""
     loss, gap, gain = "diverged", "", ""
     if trial.loss is not None:
         loss, gap = f"{trial.loss:.3f}", format_gain(trial.gap, trial.standard_error)
-        gain = f"{base_loss - trial.loss:+.3f}"
+        gain = f"{result.base_loss - trial.loss:+.3f}"
+    accuracy = []
+    if result.base_accuracy is not None:
+        accuracy = ["" if trial.accuracy is None else f"{trial.accuracy:.3f}"]
+        gain = "" if trial.accuracy is None else f"{trial.accuracy - result.base_accuracy:+.3f}"
     rate = "" if trial.learning_rate is None else f"{trial.learning_rate:g}"
     size, seconds = (format_bytes(trial.bytes), format_duration(trial.seconds)) if trial.bytes else ("", "")
     rows, steps = ("" if count is None else f"{count:,}" for count in (trial.rows, trial.steps))
-    return [str(trial.rank), rate, rows, steps, loss, gap, gain, size, seconds]
+    return [str(trial.rank), rate, rows, steps, loss, *accuracy, gap, gain, size, seconds]

@@ -271,10 +271,11 @@ def run(job: Job, live: LiveRun, problem: str, message: str) -> Markup:
     average = AverageLoss(total or len(metrics))
     smoothed = [average.update(entry["loss"]) for entry in metrics if "loss" in entry]
     held_out = [entry[key] for entry in metrics for key in ("eval_loss", "eval_subset_loss") if key in entry]
+    name = "Held-out loss" if live.objective == "sft" else "Held-out loss of chosen answers"
     facts = {
         "Data": ", ".join(display_name(name) for name in job.data),
         "Loss, smoothed": f"{smoothed[-1]:.3f}" if smoothed else "",
-        "Held-out loss": f"{held_out[0]:.3f} at first, now {held_out[-1]:.3f}" if held_out else "",
+        name: f"{held_out[0]:.3f} at first, now {held_out[-1]:.3f}" if held_out else "",
         "Speed": f"{live.tokens_per_second:,.0f} tokens/s" if live.tokens_per_second else "",
         "Time left": format_duration(live.seconds_left)
         if live.seconds_left and job.state in (JobState.RUNNING, JobState.PAUSED)
@@ -289,7 +290,7 @@ def run(job: Job, live: LiveRun, problem: str, message: str) -> Markup:
         else "",
         html.failure(problem) if problem else html.note(_advice(job, message)),
         _facts(facts),
-        charts.loss_chart(metrics, total) if metrics else "",
+        charts.loss_chart(metrics, total, objective=live.objective) if metrics else "",
     )
 
 

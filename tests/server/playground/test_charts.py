@@ -173,6 +173,21 @@ def test_loss_chart_draws_all_curves():
     assert places[-1] == round(100_000 / 1200, 2)
 
 
+def test_losses_of_preferences_have_own_charts():
+    metrics = [*METRICS, {"step": 500, "eval_subset_loss": 4.1, "eval_subset_rows": 64.0}]
+    shown = charts.loss_chart(metrics, 1200, base_loss=4.5, objective="dpo", file="curve")
+    training, text = str(shown).split("</figure>")[:2]
+    assert "loss of dpo per pair" in training
+    assert "training, smoothed" in training
+    assert "held out" not in training
+    assert "loss (nats per token)" in text
+    assert "Held-out loss of the chosen answers" in text
+    assert "base 4.5" in text
+    assert "training, smoothed" not in text
+    assert "curve-held-out.svg" in text
+    assert "loss of kto per answer" in charts.loss_chart(metrics, objective="kto")
+
+
 def test_thinned_curve_keeps_ends_and_peaks():
     losses = [3.0 + (step % 7) / 100 for step in range(1000)]
     losses[0], losses[500], losses[701], losses[-1] = 3.3, 9.0, 1.0, 3.2

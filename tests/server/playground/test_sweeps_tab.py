@@ -121,6 +121,24 @@ def test_damaged_sweep_shows_one_line(tab, copied, values, problem):
     assert str(copied.parent) not in shown
 
 
+def test_preferences_are_compared_by_accuracy(tab, copied):
+    trial = {"rank": 4, "learning_rate": 1e-3, "loss": 3.0, "bytes": 1000, "seconds": 3.0, "standard_error": 0.01}
+    trials = [
+        trial | {"name": "verse", "beta": 0.1, "accuracy": 0.7, "gap": 0.1},
+        trial | {"name": "noir", "beta": 0.5, "accuracy": 0.8},
+    ]
+    change(copied, base_accuracy=0.6, trials=trials)
+    shown = run_async(tab.show("rates"))
+    saved = re.search('download="sweep-rates.csv" href="[^"]*;base64,([^"]*)"', shown)[1]
+    header, *rows = csv.reader(StringIO(base64.b64decode(saved).decode()))
+    assert header[2:4] == ["beta", "held-out accuracy"]
+    assert [(name, x, y) for _, name, x, y, _ in rows] == [("verse", "0.1", "0.7"), ("noir", "0.5", "0.8")]
+    assert "base 0.6" in shown
+    table = re.sub(r"(\s|<[^>]*>)+", " ", shown[shown.index("<thead>") :])
+    assert "held-out loss accuracy gap to the best gain over the base" in table
+    assert "verse 4 0.001 3.000 0.700 0.100 ± 0.010 +0.100 1 kB 3 s" in table
+
+
 def test_hostile_sweep_is_escaped(tab, copied):
     trial = {"name": HOSTILE, "rank": -4, "learning_rate": float("inf"), "loss": float("nan")}
     change(copied, name=HOSTILE, recommended=HOSTILE, trials=[trial, trial | {"rank": 0, "loss": 1e300}])
