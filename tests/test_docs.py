@@ -244,8 +244,8 @@ def test_site_names_broken_links(tmp_path):
         page.write("\n[one](tour.md#nowhere) [two](nowhere.md)\n")
     done = build()
     assert done.returncode
-    assert "tour.md" in done.stderr
-    assert "nowhere.md" in done.stderr
+    assert "local id not found in doc 'docs/tour': 'nowhere'" in done.stderr
+    assert "cross-reference target not found: 'nowhere.md'" in done.stderr
 
 
 def test_architecture_names_every_module():
