@@ -23,10 +23,10 @@ import numpy as np
 
 from lora_tuner import TrainConfig, atomic_io, evaluation
 from lora_tuner.adapters import growth
+from lora_tuner.adapters.gains import HeldOutLoss, gain_covariance, paired_gain
 from lora_tuner.config import EMBEDDED_BASE
 from lora_tuner.data.dataset import load_dataset
 from lora_tuner.errors import ignore_events
-from lora_tuner.evaluation import HeldOutLoss
 from lora_tuner.models.base_files import quiet_transformers
 from lora_tuner.training.inputs import TrainingInputs, load_inputs, reload_rows
 from lora_tuner.training.setup import prepare_training
@@ -95,7 +95,9 @@ def measure(rounds: int) -> Losses:
             loss = _train(_write_rows(folder, text), (text, seed, trial), inputs)
             losses[text, seed, trial] = loss
             with file.open("a", encoding="utf-8") as opened:
-                opened.write(json.dumps({"run": [text, seed, trial], "loss": asdict(loss)}) + "\n")
+                opened.write(
+                    json.dumps({"run": [text, seed, trial], "loss": asdict(replace(loss, tokens=[]))}) + "\n"
+                )
             print(
                 text,
                 seed,
@@ -162,8 +164,8 @@ def cases(losses: Losses) -> Iterator[Case]:
             or known != [losses.get((text, seed, trial)) for trial in trials[: len(known)]]
         ):
             continue
-        gains = [evaluation.paired_gain(base, loss).gain for loss in known]
-        covariance = evaluation.gain_covariance(base, known)
+        gains = [paired_gain(base, loss).gain for loss in known]
+        covariance = gain_covariance(base, known)
         assert covariance is not None
         values = [getattr(trial, curve.split()[0]) for trial in trials]
         for count in range(FEWEST, len(known)):

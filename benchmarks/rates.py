@@ -10,14 +10,14 @@ import os
 import statistics
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from lora_tuner import TrainConfig, evaluation
+from lora_tuner.adapters.gains import HeldOutLoss, paired_gain
 from lora_tuner.config import EMBEDDED_BASE
 from lora_tuner.errors import DivergedError, ignore_events
-from lora_tuner.evaluation import HeldOutLoss
 from lora_tuner.models.base_files import quiet_transformers
 from lora_tuner.training.inputs import TrainingInputs, load_inputs
 from lora_tuner.training.setup import prepare_training
@@ -64,7 +64,9 @@ def _measure(name: str, settings: dict[str, Any], seeds: int) -> dict[int, Losse
                     inputs = inputs or load_inputs(config, ignore_events)
                     known[key] = _train(config, inputs, is_base=rate == 0.0)
                     with RESULTS.open("a") as file:
-                        file.write(json.dumps({"run": key, "loss": asdict(known[key])}) + "\n")
+                        file.write(
+                            json.dumps({"run": key, "loss": asdict(replace(known[key], tokens=[]))}) + "\n"
+                        )
                     print(*key, known[key].loss, file=sys.stderr, flush=True)
                 losses[steps].setdefault(rate, []).append(known[key])
     return losses
@@ -89,7 +91,7 @@ def _compare(name: str, losses: Losses) -> Figure:
     mean = {rate: statistics.fmean(loss.loss for loss in runs) for rate, runs in losses.items()}
     gains = {rate: mean[0.0] - loss for rate, loss in mean.items() if rate != 0.0}
     best = max(RATES, key=lambda rate: gains[rate])
-    gaps = [evaluation.paired_gain(*pair) for pair in zip(losses[DEFAULT], losses[best], strict=True)]
+    gaps = [paired_gain(*pair) for pair in zip(losses[DEFAULT], losses[best], strict=True)]
     # Rows are the same for all seeds, so their errors do not average out.
     error = statistics.fmean(gap.standard_error or 0.0 for gap in gaps)
     gap = gains[best] - gains[DEFAULT]

@@ -63,6 +63,7 @@ PROBE: Final = "probe"  # a `learning_rate`: that of the best of a few short run
 # Settings that take several values: one run for each.
 SWEEPABLE = ("rank", "learning_rate", "max_rows", "max_steps", "epochs", "beta")
 STOP_RULES = ("epochs", "max_steps", "minutes")
+DEFAULT_EVAL_ROWS = 200
 DEFAULT_MAX_MINUTES = 10  # limit of the default one-epoch run when no stop rule is given
 
 
@@ -312,7 +313,13 @@ class TrainConfig(_Settings):
         "that are measured are compared.",
         "Data",
     )
-    eval_rows: int = _setting(200, "Maximum number of held-out rows to evaluate on.", "Data", ge=2)
+    eval_rows: int | None = _setting(
+        None,
+        "Maximum number of held-out rows to evaluate on.",
+        "Data",
+        f"{DEFAULT_EVAL_ROWS}, or fewer if the error is small",
+        ge=2,
+    )
     eval_dataset: str | None = _setting(
         None,
         "Evaluate on --eval-rows of this dataset instead; its rows are read like the training "
@@ -453,7 +460,7 @@ class TrainConfig(_Settings):
         None,
         "Measure the loss of all held-out rows every N steps.",
         "Training",
-        "before and after training; between, an eighth of the run apart, on a fixed subset that takes up to 3% "
+        "after training; until then, an eighth of the run apart, on a fixed subset that takes up to 3% "
         "of the run, or a few seconds",
         ge=1,
         le=MAX_COUNT,
@@ -828,6 +835,11 @@ class TrainConfig(_Settings):
     def other_eval_dataset(self) -> str | None:
         """The evaluation dataset, if it is not rows held out of the training data."""
         return None if self.eval_dataset == HELD_OUT else self.eval_dataset
+
+    @property
+    def eval_rows_limit(self) -> int:
+        """Largest number of held-out rows that are measured."""
+        return self.eval_rows or DEFAULT_EVAL_ROWS
 
     @property
     def learns_preferences(self) -> bool:

@@ -10,19 +10,21 @@ import contextlib
 import hashlib
 import json
 import math
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from . import atomic_io, distributed
 from .adapters import plots, summaries
 from .adapters.adapter import RUN_FILE, WEIGHTS_FILE, Adapter
+from .adapters.gains import HeldOutLoss, LossPair, paired_gain
 from .adapters.library import check_distinct_names
 from .adapters.manifest import EvalResult
 from .adapters.peft_config import SCALING_KEYS
@@ -39,6 +41,7 @@ from .models.tokenizer import load_adapter_tokenizer
 # Positions per batch; packed rows have no padding, and their attention needs no more memory for more of them.
 BATCH_TOKENS_CPU, BATCH_TOKENS_PACKED, BATCH_TOKENS_GPU = 512, 2048, 8192
 T = TypeVar("T")
+Context = Callable[[], AbstractContextManager[None]]  # entered around each forward pass
 
 
 class ModelAccess(Protocol):
@@ -51,33 +54,6 @@ class ModelAccess(Protocol):
 def direct_access(work: Callable[[], T], /) -> T:
     """Access for callers that share the base with nobody."""
     return work()
-
-
-@dataclass(frozen=True)
-class HeldOutLoss:
-    """Loss of each row.
-
-    `nll` is the summed negative log-likelihood in nats, `predictions` the number of predicted
-    tokens, `groups` the number of the group of each row; empty if each row is one.
-    """
-
-    nll: list[float]
-    predictions: list[int]
-    groups: list[int] = field(default_factory=list)
-
-    @property
-    def loss(self) -> float:
-        """Mean negative log-likelihood per predicted token, in nats."""
-        return math.fsum(self.nll) / sum(self.predictions)
-
-    def select(self, rows: Sequence[int]) -> "HeldOutLoss":
-        """The loss of some of the rows."""
-        nll, predictions = [self.nll[row] for row in rows], [self.predictions[row] for row in rows]
-        return HeldOutLoss(nll, predictions, [self.groups[row] for row in rows] if self.groups else [])
-
-
-LossPair = tuple[HeldOutLoss, HeldOutLoss]  # of the base, and of the adapter
-Context = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -353,22 +329,49 @@ def measure_loss(
         context: entered around each forward pass.
         access: runs each batch.
     """
+    (loss,) = measure_losses(
+        model, base, rows, [context], notify, batch_tokens=batch_tokens, stage=stage, access=access
+    )
+    return loss
+
+
+def measure_losses(
+    model: torch.nn.Module,
+    base: LoadedBase,
+    rows: Sequence[TokenIds],
+    contexts: Sequence[Context],
+    notify: EventHandler = ignore_events,
+    *,
+    batch_tokens: int | None = None,
+    stage: str = "held-out loss",
+    access: ModelAccess = direct_access,
+) -> list[HeldOutLoss]:
+    """`measure_loss` in each of several contexts, such as without and with an adapter: one pass in
+    which each batch is read in all of them."""
     local_rows = rows[distributed.rank() :: distributed.world_size()]
     batch_tokens = batch_tokens or _default_batch_tokens(base)
     batches = list(_length_batches(local_rows, batch_tokens))
     # A sharded forward pass is collective: all processes run equally many.
     passes = int(distributed.all_reduce_max(len(batches))) if fsdp.shard_count() > 1 else len(batches)
-    nll: dict[int, float] = {}
+    nll: list[dict[int, npt.NDArray[np.float64]]] = [{} for _ in contexts]
     for batch in batches:
-        batch_nll = access(partial(_nll, model, base, [local_rows[index] for index in batch], context))
-        nll.update(zip(batch, batch_nll, strict=True))
-        notify(Progress(stage, len(nll), len(local_rows)))
-    for _ in range(passes - len(batches)):
+        batch_rows = [local_rows[index] for index in batch]
+        for context, nll_of_rows in zip(contexts, nll, strict=True):
+            batch_nll = access(partial(_nll, model, base, batch_rows, context))
+            nll_of_rows.update(zip(batch, batch_nll, strict=True))
+        notify(Progress(stage, len(nll[0]), len(local_rows)))
+    for context in [*contexts] * (passes - len(batches)):
         _nll(model, base, rows[:1], context)
-    gathered_nll = [0.0] * len(rows)
+    return [_gather(nll_of_rows, rows) for nll_of_rows in nll]
+
+
+def _gather(nll: Mapping[int, npt.NDArray[np.float64]], rows: Sequence[TokenIds]) -> HeldOutLoss:
+    """The loss of all rows, from the negative log-likelihoods of those of this process."""
+    tokens = [np.empty(0)] * len(rows)
     for rank, rank_nll in enumerate(distributed.all_gather([nll[index] for index in sorted(nll)])):
-        gathered_nll[rank :: distributed.world_size()] = rank_nll
-    return HeldOutLoss(gathered_nll, [tokenization.count_predictions(row) for row in rows])
+        tokens[rank :: distributed.world_size()] = rank_nll
+    predictions = [tokenization.count_predictions(row) for row in rows]
+    return HeldOutLoss([math.fsum(values) for values in tokens], predictions, tokens=tokens)
 
 
 def _default_batch_tokens(base: LoadedBase) -> int:
@@ -407,64 +410,18 @@ def measure_base_loss(
         ),
         notify,
     )
-    if not math.isfinite(base_loss.loss):
-        raise BaseModelError(
-            f"{base.files.name} has a held-out loss of {base_loss.loss} in "
-            f"{str(base.dtype).removeprefix('torch.')}: its weights are damaged, or too large for "
-            "this dtype. Try --dtype float32, or another --base."
-        )
+    check_base_loss(base, base_loss)
     return base_loss
 
 
-def paired_gain(base: HeldOutLoss, adapter: HeldOutLoss) -> EvalResult:
-    """Fall in loss from base to adapter, with its paired standard error, both in nats per token.
-
-    The gain is a ratio of sums, Σ(difference) / Σ(predictions); its error is that of a ratio
-    estimator over rows (Cochran, Sampling Techniques, 1977, section 6.3), or over the groups of
-    `base`, whose rows are not independent. With one of them the error is unknown: None.
-    """
-    gain, residuals = _residuals(base, adapter)
-    total, count = sum(base.predictions), len(residuals)
-    squares = math.fsum(residual**2 for residual in residuals)
-    return EvalResult(
-        base_loss=base.loss,
-        loss=adapter.loss,
-        gain=gain,
-        standard_error=math.sqrt(squares * count / (count - 1)) / total if count > 1 else None,
-        rows=len(base.nll),
-        tokens=total,
-        groups=count if base.groups else None,
-    )
-
-
-def gain_covariance(base: HeldOutLoss, adapters: Sequence[HeldOutLoss]) -> list[list[float]] | None:
-    """Covariance of the gains of several adapters on the same rows, as `paired_gain` has their variances.
-
-    Returns:
-        (adapters, adapters), in squared nats per token; None for one row or group.
-    """
-    residuals = [_residuals(base, adapter)[1] for adapter in adapters]
-    count = len(residuals[0])
-    if count < 2:
-        return None
-    scale = count / (count - 1) / sum(base.predictions) ** 2
-    return [[scale * math.fsum(map(operator.mul, one, other)) for other in residuals] for one in residuals]
-
-
-def _residuals(base: HeldOutLoss, adapter: HeldOutLoss) -> tuple[float, list[float]]:
-    """Return the gain, and how much more than it each row, or each group, has gained in nats."""
-    differences = [before - after for before, after in zip(base.nll, adapter.nll, strict=True)]
-    gain = math.fsum(differences) / sum(base.predictions)
-    by_group: dict[int, list[float]] = {}
-    groups = base.groups or range(len(differences))
-    for group, difference, tokens in zip(groups, differences, base.predictions, strict=True):
-        by_group.setdefault(group, []).append(difference - gain * tokens)
-    return gain, [math.fsum(residuals) for residuals in by_group.values()]
-
-
-def gain_on(rows: Sequence[int], base: HeldOutLoss, adapter: HeldOutLoss) -> EvalResult | None:
-    """`paired_gain` on some of the rows; None without rows."""
-    return paired_gain(base.select(rows), adapter.select(rows)) if rows else None
+def check_base_loss(base: LoadedBase, loss: HeldOutLoss, name: str = "held-out loss") -> None:
+    """Raise BaseModelError for a loss of the base that is not finite."""
+    if not math.isfinite(loss.loss):
+        raise BaseModelError(
+            f"{base.files.name} has a {name} of {loss.loss} in "
+            f"{str(base.dtype).removeprefix('torch.')}: its weights are damaged, or too large for "
+            "this dtype. Try --dtype float32, or another --base."
+        )
 
 
 def pooled_gain(losses: Sequence[LossPair | None]) -> EvalResult | None:
@@ -477,14 +434,16 @@ def pooled_gain(losses: Sequence[LossPair | None]) -> EvalResult | None:
     if not pairs:
         return None
     base_losses, adapter_losses = zip(*pairs, strict=True)
-    return paired_gain(_concatenate(base_losses), _concatenate(adapter_losses))
+    return paired_gain(concatenate(base_losses), concatenate(adapter_losses))
 
 
-def _concatenate(losses: Sequence[HeldOutLoss]) -> HeldOutLoss:
+def concatenate(losses: Sequence[HeldOutLoss]) -> HeldOutLoss:
+    """The loss of the rows of several sets, of which each has groups of its own."""
     return HeldOutLoss(
         [value for loss in losses for value in loss.nll],
         [count for loss in losses for count in loss.predictions],
         eval_sets.join_groups([(loss.groups, len(loss.nll)) for loss in losses]),
+        [values for loss in losses for values in loss.tokens] if all(loss.tokens for loss in losses) else [],
     )
 
 
@@ -493,14 +452,20 @@ def cache_adapter_loss(base: LoadedBase, rows: Sequence[TokenIds], adapter: Adap
     measure_cached(base, rows, weights_key(adapter), lambda: loss)
 
 
-def cached_rows(adapter: Adapter, notify: EventHandler = ignore_events) -> EvalSet:
-    """Rows from the user's cache that an adapter was evaluated on when it was trained."""
+def cached_rows(adapter: Adapter, notify: EventHandler = ignore_events, *, all_rows: bool = True) -> EvalSet:
+    """Rows from the user's cache that were held out to evaluate an adapter on when it was trained.
+
+    Args:
+        all_rows: if unset, only those that its result is of, where fewer were enough.
+    """
     data = adapter.manifest.data if adapter.manifest else None
     if data is None:
         return EvalSet(adapter.name, [], "it was trained by another tool, so its held-out rows are unknown")
     if data.held_out_hash is None:
         return EvalSet(adapter.name, [], "it was made from adapters whose held-out rows were missing")
-    return eval_sets.read_rows(adapter.name, data.held_out_hash, adapter.path / RUN_FILE, notify)
+    rows = eval_sets.read_rows(adapter.name, data.held_out_hash, adapter.path / RUN_FILE, notify)
+    result = adapter.manifest.result if adapter.manifest else None
+    return rows if all_rows or result is None or result.of_rows is None else rows.first_rows(result.rows)
 
 
 def notify_eval_rows(adapters: Sequence[Adapter], notify: EventHandler) -> None:
@@ -524,7 +489,7 @@ def _select_sets(
     """The sets to evaluate on. Raises AdapterError where none has rows."""
     check_distinct_names(adapters)
     if sets is None:
-        sets = [cached_rows(adapter, notify) for adapter in adapters]
+        sets = [cached_rows(adapter, notify, all_rows=eval_rows is not None) for adapter in adapters]
     selected = eval_sets.select_rows(sets, eval_rows)
     if all(rows.missing for rows in selected):
         reasons = "; ".join(f"{rows.name}: {rows.missing}" for rows in selected)
@@ -532,8 +497,10 @@ def _select_sets(
     return selected
 
 
-def _nll(model: torch.nn.Module, base: LoadedBase, rows: Sequence[TokenIds], context: Context) -> list[float]:
-    """Summed negative log-likelihood of each row in nats, computed as one batch."""
+def _nll(
+    model: torch.nn.Module, base: LoadedBase, rows: Sequence[TokenIds], context: Context
+) -> list[npt.NDArray[np.float64]]:
+    """Negative log-likelihood of each token but the first of each row in nats, as one batch."""
     with contextlib.ExitStack() as stack, torch.no_grad(), base.lm_head.skip_lm_head(), context():
         stack.callback(model.train, model.training)
         model.eval()
@@ -544,7 +511,7 @@ def _nll(model: torch.nn.Module, base: LoadedBase, rows: Sequence[TokenIds], con
         output = model(**{name: tensor.to(base.device) for name, tensor in inputs.items()}, use_cache=False)
         nll = base.lm_head.nll(output.logits, labels).cpu().double()
         by_row = nll[0].split([len(row) for row in rows]) if packed else nll
-        return [float(row.sum()) for row in by_row]
+        return [values[: len(row) - 1].numpy() for values, row in zip(by_row, rows, strict=True)]
 
 
 def _length_batches(rows: Sequence[TokenIds], batch_tokens: int) -> Iterator[list[int]]:
@@ -559,18 +526,8 @@ def _length_batches(rows: Sequence[TokenIds], batch_tokens: int) -> Iterator[lis
         order = order[size:]
 
 
-def measure_cached(
-    base: LoadedBase,
-    rows: Sequence[TokenIds],
-    adapter_key: list[object] | None,
-    measure: Callable[[], HeldOutLoss],
-    notify: EventHandler = ignore_events,
-) -> HeldOutLoss:
-    """The loss from the user's cache, else from `measure`.
-
-    `adapter_key` is that of `weights_key`, None for the base. The tokenizer does not count, as its
-    token ids do.
-    """
+def _loss_path(base: LoadedBase, rows: Sequence[TokenIds], adapter_key: list[object] | None) -> Path:
+    """File of a loss in the user's cache. The tokenizer does not count, as its token ids do."""
     identity: list[object] = [
         base.files.fingerprint,
         str(base.dtype),
@@ -585,13 +542,34 @@ def measure_cached(
     if adapter_key is not None:
         identity.append(adapter_key)
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    path = atomic_io.cache_dir() / "losses" / f"{digest}.json"
+    return atomic_io.cache_dir() / "losses" / f"{digest}.json"
+
+
+def measure_cached(
+    base: LoadedBase,
+    rows: Sequence[TokenIds],
+    adapter_key: list[object] | None,
+    measure: Callable[[], HeldOutLoss],
+    notify: EventHandler = ignore_events,
+) -> HeldOutLoss:
+    """The loss from the user's cache, else from `measure`.
+
+    `adapter_key` is that of `weights_key`, None for the base.
+    """
+    path = _loss_path(base, rows, adapter_key)
     if (cached := distributed.run_on_rank_zero(partial(_cached_loss, path, notify))) is not None:
         return cached
     loss = measure()
     if distributed.rank() == 0:
         atomic_io.write_cache(path, {"nll": loss.nll, "predictions": loss.predictions})
     return loss
+
+
+def cached_base_loss(
+    base: LoadedBase, rows: Sequence[TokenIds], notify: EventHandler = ignore_events
+) -> HeldOutLoss | None:
+    """The loss of the plain base from the user's cache; None if it is not there."""
+    return distributed.run_on_rank_zero(partial(_cached_loss, _loss_path(base, rows, None), notify))
 
 
 def _cached_loss(path: Path, notify: EventHandler) -> HeldOutLoss | None:

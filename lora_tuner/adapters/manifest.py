@@ -48,7 +48,8 @@ class EvalResult(_ManifestModel):
     """Held-out loss of base and adapter in nats per token; `gain` is the paired difference.
 
     `standard_error` is None for a single row or group, where nothing is known about it. Older
-    manifests say 0. `groups` is the number of groups, if rows are grouped.
+    manifests say 0. `groups` is the number of groups, if rows are grouped. `of_rows` is the number
+    of the rows of which these, the first, were enough.
     """
 
     base_loss: float
@@ -58,6 +59,7 @@ class EvalResult(_ManifestModel):
     rows: int
     tokens: int
     groups: int | None = None
+    of_rows: int | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -67,7 +69,10 @@ class EvalResult(_ManifestModel):
         )
 
     def format_rows(self) -> str:
-        return format_rows(self.rows, self.groups)
+        text = format_rows(self.rows, self.groups)
+        if self.of_rows is None:
+            return text
+        return text.replace(" row", f" of {self.of_rows:,} row", 1) + ", enough"
 
     def format_change(self) -> str:
         """Change of the loss from base to adapter with its standard error; above zero is worse."""

@@ -103,7 +103,9 @@ def _describe_training(manifest: Manifest) -> str:
         kind = f"the column {data.answer_column} of {count}rows"
     where = f" with {', '.join(data.where)}" if data.where else ""
     others = f"rows of {display_name(data.eval_dataset)}" if data.eval_dataset else "other rows"
-    measured = f"; {data.held_out_rows:,} {others} measured it" if data.held_out_rows else ""
+    result = manifest.result
+    rows = f"{result.rows} of {result.of_rows:,}" if result and result.of_rows else f"{data.held_out_rows:,}"
+    measured = f"; {rows} {others} measured it" if data.held_out_rows else ""
     return f"It was trained on {kind} from {display_name(data.source)}{where}{measured}."
 
 

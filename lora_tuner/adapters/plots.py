@@ -104,7 +104,7 @@ def plot_loss(history: Sequence[Mapping[str, float]], manifest: Manifest, to: Pa
         points = [(entry["step"], entry["eval_subset_loss"]) for entry in subset]
         axes.plot(*zip(*points, strict=True), "o-", color="tab:orange", label=label)
     if held_out:
-        style, label = ("D", "held out, all rows") if subset else ("o-", "held out")
+        style, label = ("D", f"held out, {_held_out_rows(manifest)} rows") if subset else ("o-", "held out")
         color = "tab:red" if subset else "tab:orange"
         axes.plot(*zip(*sorted(held_out.items()), strict=True), style, color=color, label=label)
     title = f"{display_name(manifest.data.name)[:60]} on {display_name(manifest.base.name)[:60]}"
@@ -114,6 +114,12 @@ def plot_loss(history: Sequence[Mapping[str, float]], manifest: Manifest, to: Pa
     for part in figure.axes:
         part.spines[["top"] if manifest.preference else ["top", "right"]].set_visible(False)
     figure.savefig(to, metadata={"Software": None})
+
+
+def _held_out_rows(manifest: Manifest) -> str:
+    """Say of how many held-out rows the result is."""
+    result = manifest.result
+    return f"{result.rows} of {result.of_rows:,}" if result and result.of_rows else "all"
 
 
 def plot_gains(

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .. import evaluation
+from ..adapters.gains import paired_gain
 from ..adapters.manifest import EvalResult
 from ..adapters.report import ForgettingFigures
 from ..data.eval_sets import EvalSet
@@ -66,7 +67,7 @@ def measure_forgetting(
     general = evaluation.pooled_gain(pairs[: len(kinds)])
     if general is None:
         raise AdapterError(f"no text fits into the context of {base.files.name}")
-    results = [evaluation.paired_gain(*pair) if pair else None for pair in pairs]
+    results = [paired_gain(*pair) if pair else None for pair in pairs]
     measured = {rows.name: result for rows, result in zip(kinds, results, strict=False) if result}
     own, missing = dict[str, EvalResult](), dict[str, str]()
     for rows, result in zip(guards, results[len(kinds) :], strict=True):

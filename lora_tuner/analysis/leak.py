@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from .. import evaluation
 from ..adapters.adapter import RUN_FILE, Adapter
+from ..adapters.gains import gain_on, paired_gain
 from ..adapters.manifest import EvalResult
 from ..config import ModelOptions, TrainConfig
 from ..data import eval_sets
@@ -75,7 +76,8 @@ def measure_leak(
     base: LoadedBase | None = None
     leaks = []
     for adapter in adapters:
-        (rows,) = eval_sets.select_rows([evaluation.cached_rows(adapter, options.notify)], eval_rows)
+        rows = evaluation.cached_rows(adapter, options.notify, all_rows=eval_rows is not None)
+        (rows,) = eval_sets.select_rows([rows], eval_rows)
         try:
             if rows.missing:
                 raise DataError(rows.missing)
@@ -164,9 +166,9 @@ def _measure(
         return replace(leak, missing="none of its held-out rows has anything to predict")
     with_copy = [number for number, text in enumerate(rows.texts) if text in copied]
     without_copy = [number for number, text in enumerate(rows.texts) if text not in copied]
-    all_rows, leaked = evaluation.paired_gain(*pair), evaluation.gain_on(with_copy, *pair)
+    all_rows, leaked = paired_gain(*pair), gain_on(with_copy, *pair)
     share: float | None = None
     if all_rows.gain > 0:
         share = leaked.gain * leaked.tokens / (all_rows.gain * all_rows.tokens) if leaked else 0.0
-    unleaked = evaluation.gain_on(without_copy, *pair)
+    unleaked = gain_on(without_copy, *pair)
     return replace(leak, all_rows=all_rows, with_copy=leaked, without_copy=unleaked, share=share)

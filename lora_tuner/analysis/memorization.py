@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from .. import evaluation
+from ..adapters.gains import HeldOutLoss, paired_gain
 from ..adapters.report import MemorizationFigures, MemorizationSide
 from ..config import HELD_OUT_MAX_TOKENS
 from ..data import chat
 from ..data.eval_sets import EvalSet
 from ..errors import DataError
-from ..evaluation import HeldOutLoss, paired_gain
 from ..models.loading import LoadedBase
 from ..models.tokenizer import load_adapter_tokenizer
 from ..text import format_count, format_gain

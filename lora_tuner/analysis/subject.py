@@ -105,7 +105,7 @@ def _seen_rows(
     stage = f"training rows of {adapter.name}"
     notify(Progress(stage, 0, 1))
     dataset = load_dataset_of_run(config, held_out.texts)
-    measured = preferences.first_rows(dataset.held_out_rows, config.eval_rows)
+    measured = preferences.first_rows(dataset.held_out_rows, config.eval_rows_limit)
     sides = [side for row in measured for side in preferences.sides(row)]
     errors: tokenization.InvalidRows = {}
     tokenization.encode_texts(tokenizer, sides, max_tokens=HELD_OUT_MAX_TOKENS, invalid=errors)

@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from .. import atomic_io
 from ..adapters.library import Library
 from ..adapters.summaries import Table
-from ..config import ModelOptions, TrainConfig
+from ..config import DEFAULT_EVAL_ROWS, ModelOptions, TrainConfig
 from ..errors import ConfigError
 from ..text import GAIN_SCALE, format_count, format_gain
 from .display import print_picture, print_stderr, print_table, show_json, stdout_console
@@ -42,7 +42,7 @@ def evaluate(
         typer.Option(
             min=2,
             help="Maximum number of rows of each held-out set, and of each part of a blend.",
-            show_default=f"as in training; {TrainConfig().eval_rows} of --eval-dataset",
+            show_default=f"as in training; {DEFAULT_EVAL_ROWS} of --eval-dataset",
         ),
     ] = None,
     plot: Annotated[

@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .. import evaluation
 from ..adapters.adapter import Adapter
+from ..adapters.gains import paired_gain
 from ..adapters.library import Library, check_distinct_names
 from ..adapters.manifest import EvalResult
 from ..config import MAX_RANK, ModelOptions
@@ -109,9 +109,7 @@ def blend(
         lost_energy = dict.fromkeys(exact, 0.0)
         if truncated:
             lost_energy = delta.lost_energy(exact, delta.load_deltas(written, layers))
-    results = {
-        eval_set.name: evaluation.paired_gain(*pair) for eval_set, pair in zip(sets, losses, strict=True) if pair
-    }
+    results = {eval_set.name: paired_gain(*pair) for eval_set, pair in zip(sets, losses, strict=True) if pair}
     return BlendResult(
         adapter=library.get(name),
         exact_rank=exact_rank,

@@ -17,6 +17,7 @@ from ..adapters.adapter import (
     weights_info,
 )
 from ..adapters.compatibility_report import Tool
+from ..adapters.gains import HeldOutLoss
 from ..adapters.label_info import LabelInfo
 from ..adapters.library import copy_files
 from ..adapters.manifest import DatasetInfo, Manifest, utc_timestamp
@@ -26,7 +27,6 @@ from ..data.eval_sets import EvalSet
 from ..data.prompts import held_out_prompts
 from ..data.splitting import content_hash
 from ..errors import AdapterError, EventHandler, Notice
-from ..evaluation import HeldOutLoss
 from ..inference import probes
 from ..models import delta, loading, lora
 from ..models.base_files import BaseModelFiles

@@ -18,6 +18,7 @@ from .. import atomic_io
 from ..adapters import compatibility
 from ..adapters.adapter import Adapter
 from ..adapters.compatibility import Tool
+from ..adapters.gains import HeldOutLoss, paired_gain
 from ..adapters.manifest import EvalResult
 from ..config import ModelOptions
 from ..data.chat import CHAT_MARK
@@ -25,7 +26,6 @@ from ..data.chat_template import turn_end_ids
 from ..data.eval_sets import EvalSet
 from ..data.tokenization import TokenIds
 from ..errors import AdapterError, ConfigError, EventHandler, Notice, ignore_events
-from ..evaluation import HeldOutLoss, paired_gain
 from ..models import loading, lora
 from ..models.base_files import BaseModelFiles, quiet_transformers
 from ..models.stored_weights import read_stored_tensors, weight_files

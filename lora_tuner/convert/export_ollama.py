@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 from .. import atomic_io
 from ..adapters.adapter import Adapter
 from ..adapters.compatibility_gguf import two_file_errors
+from ..adapters.gains import paired_gain
 from ..config import ModelOptions
 from ..data.chat_template import turn_end_ids
 from ..data.eval_sets import EvalSet
 from ..errors import AdapterError, ConfigError, EventHandler, Notice
-from ..evaluation import paired_gain
 from ..models import loading
 from ..models.tokenizer import load_adapter_tokenizer
 from . import verify

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from ..adapters.gains import HeldOutLoss
 from ..data import tokenization
 from ..errors import AdapterError, ConfigError, EventHandler, Progress
-from ..evaluation import HeldOutLoss
 
 INSTALL = "pip install 'lora_tuner[gguf]' or xllamacpp"
 _CHUNK = 1 << 20  # values that a thread quantizes at a time

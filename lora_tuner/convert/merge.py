@@ -12,12 +12,12 @@ from transformers import AutoTokenizer
 
 from .. import atomic_io
 from ..adapters.adapter import Adapter
+from ..adapters.gains import HeldOutLoss
 from ..config import ModelOptions
 from ..data.chat_template import turn_end_ids
 from ..data.eval_sets import EvalSet
 from ..data.tokenization import TokenIds
 from ..errors import AdapterError, ConfigError, first_line
-from ..evaluation import HeldOutLoss
 from ..models import loading, lora, replaced
 from ..models.base_files import quiet_transformers
 from ..models.memory import choose_dtype

@@ -28,7 +28,7 @@ def remeasure(adapters: Sequence[Adapter], options: ModelOptions = ModelOptions(
     written = []
     for adapter in adapters:
         assert adapter.manifest is not None
-        rows = evaluation.cached_rows(adapter, options.notify)
+        rows = evaluation.cached_rows(adapter, options.notify, all_rows=False)
         if rows.missing:
             text = f"{adapter.name}: {rows.missing}. Its probes are neutral prompts."
             options.notify(Notice(text))

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.adapter import Adapter
+from ..adapters.gains import HeldOutLoss
 from ..data import tokenization
 from ..errors import AdapterError, EventHandler, Progress
-from ..evaluation import HeldOutLoss
 from ..inference.multi_lora import MultiLora
 from ..models import lora
 from ..models.delta import Deltas

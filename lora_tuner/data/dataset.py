@@ -190,7 +190,7 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
     """Load, clean, deduplicate, sample and split the rows that `config` selects.
 
     With streaming only the first rows of each source: `config.shuffle_buffer` for training and
-    `config.eval_rows` held out.
+    `config.eval_rows_limit` held out.
 
     Raises:
         DataError: The data is invalid, or too few rows are left.
@@ -252,7 +252,7 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
     whole = [rows for rows, are_blocks in zip(held_out, has_blocks, strict=True) if not are_blocks]
     dataset.compared = [*itertools.chain(eval_rows.values(), *whole)]
     if config.streaming:
-        dataset.compared = ordered[: config.eval_rows]
+        dataset.compared = ordered[: config.eval_rows_limit]
     dataset.leave_out_copies(config, notify)
     for source in sources:
         if config.learns_preferences and not any(is_chat(first_side(row)) for row in source.train):
@@ -375,6 +375,6 @@ def _read_unique(
         if first_only:
             held_out += is_held_out(row.side)
             train += not is_held_out(row.side)
-            enough_held_out = config.other_eval_dataset or held_out >= config.eval_rows
+            enough_held_out = config.other_eval_dataset or held_out >= config.eval_rows_limit
             if enough_held_out and train >= config.shuffle_buffer:
                 break

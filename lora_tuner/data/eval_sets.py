@@ -90,7 +90,7 @@ def read_rows(name: str, rows_hash: str, run_file: Path, notify: EventHandler = 
     with contextlib.suppress(LoraTunerError):
         config = resolve_settings(TrainConfig, {}, run_file)
         dataset = load_dataset(config)
-        texts = dataset.held_out[: config.eval_rows]
+        texts = dataset.held_out[: config.eval_rows_limit]
         rows = EvalSet(name, texts, groups=dataset.groups_of(texts))
         if rows.hash() == rows_hash:
             notify(Notice(f"{path} is damaged: the held-out rows of {name} are loaded again."))
@@ -100,12 +100,12 @@ def read_rows(name: str, rows_hash: str, run_file: Path, notify: EventHandler = 
 
 
 def load_eval_set(config: TrainConfig, notify: EventHandler = ignore_events) -> EvalSet:
-    """Load the first `config.eval_rows` rows, in hash order, of `config.eval_dataset`, as training
+    """Load the first `config.eval_rows_limit` rows, in hash order, of `config.eval_dataset`, as training
     measures them: documents in parts."""
     dataset = Dataset([])
     dataset.set_held_out([[*load_eval_dataset(config, notify).values()]], config, notify)
     notify(eval_dataset_notice(str(config.eval_dataset)))
-    texts = dataset.held_out[: config.eval_rows]
+    texts = dataset.held_out[: config.eval_rows_limit]
     return EvalSet(str(config.eval_dataset), texts, groups=dataset.groups_of(texts))
 
 

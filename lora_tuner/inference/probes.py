@@ -2,7 +2,7 @@
 
 Probes are short prompts with the likeliest next tokens: `adapters check --url` sends them to a server, and tells by
 its log-probabilities which weights it uses. Gains on openings are for model `auto` (routing.py). Price: four forward
-passes over a few hundred tokens, and two over at most 5,400.
+passes over a few hundred tokens, and two over at most 5,400, without those just read in training.
 """
 
 import contextlib
@@ -49,6 +49,7 @@ NEUTRAL_PROMPTS = (
 
 AtScale = Callable[[float], AbstractContextManager[None]]  # inside, the adapter has that scale
 _Nats = npt.NDArray[np.float64]
+TokenGains = tuple[TokenIds, _Nats]  # a row, and the gain of each of its tokens but the first
 _Prompt = tuple[str, bool]  # prompt, asked in a conversation
 
 
@@ -59,6 +60,7 @@ def measured_fields(
     is_chat: bool,
     template: Template | None,
     at_scale: AtScale,
+    read: Sequence[TokenGains] = (),
 ) -> dict[str, object]:
     """Measure probes and gains on openings.
 
@@ -68,18 +70,24 @@ def measured_fields(
         is_chat: the adapter has learned conversations.
         template: of the texts that it has learned.
         at_scale: enters the adapter at a scale, 0 for the plain base.
+        read: rows whose gains are known, be they longer than their openings.
     """
     prompts = _encode_prompts(base, texts, is_chat=is_chat)
     openings = _own_openings(base, texts)
     general = _general_openings(base, is_chat=is_chat, template=template) if openings else []
+    limits = OPENING_TOKENS[-1], GENERAL_TOKENS
+    known = {row[:limit].tobytes(): gain[: limit - 1] for row, gain in read for limit in limits}
+    unread = [row for row in [*openings, *general] if row.tobytes() not in known]
     tables, nll = dict[str, torch.Tensor](), dict[str, list[_Nats]]()
     for name, scale in SCALES.items():
         with at_scale(scale), _evaluating(base):
             if prompts:
                 tables[name] = _next_logprobs(base, [*prompts.values()])
             if scale in (0.0, 1.0):
-                nll[name] = _token_nll(base, [*openings, *general])
-    gains = [before - after for before, after in zip(nll["base"], nll["adapter"], strict=True)]
+                nll[name] = _token_nll(base, unread)
+    for row, before, after in zip(unread, nll["base"], nll["adapter"], strict=True):
+        known[row.tobytes()] = before - after
+    gains = [known[row.tobytes()] for row in [*openings, *general]]
     own = _opening_gains(gains[: len(openings)], MIN_OPENINGS)
     of_general = _opening_gains(gains[len(openings) :], len(general) // 2)  # else of some kinds alone
     routing = RoutingInfo(**own.model_dump(), general=of_general) if own and of_general else None

@@ -113,16 +113,15 @@ def log_samples(trackers: Sequence[TrainerCallback], samples: Sequence[Sample]) 
 class LiveLog(TrainerCallback):
     """Losses and samples so far, in the folder of a run, as the adapter will have them.
 
-    Each line is appended as it comes. A full disk is told once, and with the next step all is
-    written again: the log itself is in the checkpoints.
-
-    Args:
-        start: what stands before the log, such as the loss of the base.
+    Each line is appended as it comes. All is written again when the loss of the base, which is
+    measured later, has become the first entry, and after a full disk, which is told once: the log
+    itself is in the checkpoints.
     """
 
-    def __init__(self, folder: Path, start: Sequence[dict[str, float]], notify: EventHandler) -> None:
-        self.folder, self.start, self.notify = folder, start, notify
+    def __init__(self, folder: Path, notify: EventHandler) -> None:
+        self.folder, self.notify = folder, notify
         self.written = 0  # entries of the log
+        self.first: LogEntry | None = None  # of the log, when it was written
         self.has_failed = False
 
     def on_train_begin(
@@ -139,7 +138,9 @@ class LiveLog(TrainerCallback):
         if not state.is_world_process_zero:
             return
         log: list[LogEntry] = state.log_history
-        new = log[self.written :] if self.written else [*self.start, *log]
+        if log and log[0] is not self.first:
+            self.written, self.first = 0, log[0]
+        new = log[self.written :]
         losses = [entry for entry in new if LOSSES & entry.keys()]
         samples = [sample for entry in new for sample in entry.get("samples", [])]
         try:

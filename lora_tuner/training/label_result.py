@@ -84,7 +84,7 @@ def measure_labels(
     if info is None:
         return None
     try:
-        return _measure(model, base, info, dataset.held_out, config.eval_rows, notify)
+        return _measure(model, base, info, dataset.held_out, config.eval_rows_limit, notify)
     except LoraTunerError as error:  # no reason to lose the run
         notify(Notice(f"The labels were not measured: {error}"))
         return info

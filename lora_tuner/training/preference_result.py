@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import evaluation
+from ..adapters.gains import HeldOutLoss, LossPair, paired_gain
 from ..adapters.manifest import EvalResult
 from ..adapters.preference_info import PairedFigure, PairsByLength, PreferenceInfo
-from ..evaluation import HeldOutLoss
+from .loss_result import measure_pair
 from .objectives import PreferenceObjective
 from .reference import measure_reference
 from .setup import TrainingSetup
@@ -31,29 +32,32 @@ class HeldOutSides:
     rejected: HeldOutLoss
 
 
-def measure_before(setup: TrainingSetup, base_chosen: HeldOutLoss) -> tuple[HeldOutSides, HeldOutSides]:
-    """Measure held-out preferences before the first step: of the base, and of the reference.
-
-    Args:
-        base_chosen: losses of `setup.held_out` on the base.
-    """
-    with setup.model.disable_adapter():
-        rejected = evaluation.measure_base_loss(setup.base, setup.rejected, setup.notify)
-    base = HeldOutSides(base_chosen, rejected)
+def measure_before(setup: TrainingSetup) -> HeldOutSides | None:
+    """Measure held-out preferences on the reference, if that is what the run changes."""
     if setup.parent is None or setup.objective is None or setup.objective.name == "orpo":
-        return base, base
-    chosen, rejected = (measure_reference(setup, rows) for rows in (setup.held_out, setup.rejected))
-    return base, HeldOutSides(chosen, rejected)
+        return None
+    return HeldOutSides(measure_reference(setup, setup.held_out), measure_reference(setup, setup.rejected))
 
 
-def measure_after(setup: TrainingSetup, chosen: HeldOutLoss) -> HeldOutSides:
-    """Measure the rejected answers after the last step.
+def measure_after(
+    setup: TrainingSetup, reference: HeldOutSides | None, chosen: LossPair
+) -> tuple[PreferenceInfo, EvalResult, HeldOutLoss]:
+    """Measure the rejected answers after the last step, and compare.
 
     Args:
-        chosen: losses of `setup.held_out` after the last step.
+        reference: that of `measure_before`; None if it is the base.
+        chosen: losses of `setup.held_out`.
+
+    Returns:
+        The figures, the change on the chosen answers from the reference to the adapter, and the
+        adapter's loss on the rejected ones.
     """
-    rejected = evaluation.measure_loss(setup.model, setup.base, setup.rejected, setup.notify)
-    return HeldOutSides(chosen, rejected)
+    rejected = measure_pair(setup, setup.rejected, setup.notify)
+    evaluation.check_base_loss(setup.base, rejected[0])
+    base, adapter = (HeldOutSides(*sides) for sides in zip(chosen, rejected, strict=True))
+    reference = reference or base
+    info = compare_sides(setup, base, reference, adapter)
+    return info, paired_gain(reference.chosen, adapter.chosen), adapter.rejected
 
 
 def compare_sides(

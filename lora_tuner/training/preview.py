@@ -127,7 +127,7 @@ def make_preview(requested: TrainConfig, count: int, notify: EventHandler = igno
             for copy in dropped
         ],
         sample_prompts=requested.sample_prompt
-        or _held_out_prompts(tokenizer, dataset.held_out[: requested.eval_rows], dataset.format),
+        or _held_out_prompts(tokenizer, dataset.held_out[: requested.eval_rows_limit], dataset.format),
     )
 
 

@@ -15,11 +15,12 @@ from typing import NoReturn
 import torch
 from transformers import set_seed
 
-from .. import atomic_io, distributed, evaluation
+from .. import atomic_io, distributed
+from ..adapters.gains import HeldOutLoss, paired_gain
 from ..adapters.manifest import RateProbe, RateTrial
 from ..errors import DivergedError, Notice, ProcessLostError, Progress, TrainingError
-from ..evaluation import HeldOutLoss
 from .learning_rate import RATE_FACTOR, ProbePlan
+from .loss_result import measure_adapter
 from .setup import TrainingSetup
 from .trainer import LoraTrainer
 
@@ -102,7 +103,7 @@ def _trials(losses: Losses, best: float) -> list[RateTrial]:
         if loss is None or best_loss is None:
             trials.append(RateTrial(learning_rate=rate))
         else:
-            gap = evaluation.paired_gain(loss, best_loss)
+            gap = paired_gain(loss, best_loss)
             error = gap.standard_error
             trials.append(RateTrial(learning_rate=rate, loss=loss.loss, gap=gap.gain, standard_error=error))
     return trials
@@ -154,7 +155,7 @@ def _held_out_loss(setup: TrainingSetup, plan: ProbePlan, rate: float, stage: st
 def _train_and_measure(trial: TrainingSetup, folder: Path) -> HeldOutLoss:
     trainer = _TrialTrainer(trial, folder)
     trainer.train()
-    return trainer.measure_held_out()
+    return trainer.check_finite(measure_adapter(trial))
 
 
 class _TrialTrainer(LoraTrainer):

@@ -14,9 +14,9 @@ from functools import partial
 import torch
 
 from .. import distributed, evaluation
+from ..adapters.gains import HeldOutLoss
 from ..data.tokenization import TokenIds
 from ..errors import BaseModelError, Notice
-from ..evaluation import HeldOutLoss
 from ..models import lora
 from ..models.native import native_kernels
 from ..text import format_count

@@ -93,7 +93,7 @@ class _HeldOut(NamedTuple):
 def _encode_held_out(requested: TrainConfig, dataset: Dataset, base: LoadedBase) -> _HeldOut:
     """Tokenize the held-out rows that are measured. A pair is if both sides have something to predict, and differ."""
     errors: tokenization.InvalidRows = {}
-    all_rows = preferences.first_rows(dataset.held_out_rows, requested.eval_rows)
+    all_rows = preferences.first_rows(dataset.held_out_rows, requested.eval_rows_limit)
     texts, others = preferences.learned_texts(all_rows), preferences.unlearned_texts(all_rows)
     rows = evaluation.encode_measured(base, texts, errors)
     rejected = evaluation.encode_measured(base, others, errors)

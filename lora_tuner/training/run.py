@@ -27,6 +27,7 @@ from ..adapters.adapter import (
     validate_name,
     verify_adapter,
 )
+from ..adapters.gains import paired_gain
 from ..adapters.library import Library, adapter_name
 from ..adapters.manifest import Manifest, utc_timestamp
 from ..adapters.samples import SAMPLES_FILE, Sample, write_samples
@@ -42,11 +43,20 @@ from ..errors import (
     TrainingError,
     ignore_events,
 )
-from ..evaluation import HeldOutLoss
 from ..models import fsdp, lora
 from ..settings_files import config_to_yaml, resolve_settings
 from ..text import format_names
-from . import arguments, checkpoints, paths, preference_result, profiling, rate_probe, reference, trainer
+from . import (
+    arguments,
+    checkpoints,
+    loss_result,
+    paths,
+    preference_result,
+    profiling,
+    rate_probe,
+    reference,
+    trainer,
+)
 from .advice import describe_length, passes_advice, rate_advice
 from .checkpoints import RETRAIN_ADVICE, save_adapter
 from .inputs import dtype_name
@@ -286,13 +296,12 @@ def _check_not_finished(saved: TrainConfig, folder: Path) -> None:
 
 
 def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | None) -> Adapter:
-    """Measure the base, train, measure again, and write the adapter."""
+    """Train, measure base and adapter, and write the adapter."""
     samples = RunSamples(setup)
-    with setup.model.disable_adapter():  # before the adapter is blamed for a damaged base
-        base_held_out = evaluation.measure_base_loss(setup.base, setup.held_out, setup.notify)
+    loss_result.check_base(setup)
     distributed.run_on_rank_zero(partial(checkpoints.check_can_be_saved, setup))
     setup = reference.with_reference(setup)  # before a checkpoint is loaded
-    before = preference_result.measure_before(setup, base_held_out) if setup.objective else None
+    before = preference_result.measure_before(setup)
     if setup.probe_plan is not None:
         try:
             setup = rate_probe.choose_learning_rate(setup, setup.probe_plan)
@@ -309,15 +318,13 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
         distributed.run_on_rank_zero(partial(_create_run_folder, setup, folder))
         if curve := setup.curve:
             rows = f"{len(curve.rows)} of {len(setup.held_out):,} rows"
-            base_loss = base_held_out.select(curve.rows).loss
-            text = f"held-out loss on a fixed subset, {rows} (base: {base_loss:.3f})"
-            setup.notify(Notice(f"Every {curve.every:,} steps: {text}."))
+            setup.notify(Notice(f"Every {curve.every:,} steps: held-out loss on a fixed subset, {rows}."))
     else:
         setup.notify(Notice(f"Resuming after {checkpoint.name.replace('checkpoint-', 'step ')}."))
     try:
         with trainer.explain_how_to_finish(setup, folder):
-            live = arguments.LiveLog(folder, setup.curve_start(base_held_out), setup.notify)
-            state, history, held_out = trainer.run_trainer(setup, folder, checkpoint, samples, live)
+            live = arguments.LiveLog(folder, setup.notify)
+            state, history, losses = trainer.run_trainer(setup, folder, checkpoint, samples, live)
             steps = [entry for entry in history if "loss" in entry]
             trained = {
                 "steps": state.global_step,
@@ -328,21 +335,20 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
             if config.streaming:
                 trained["sequences"] = state.global_step * setup.sequences_per_step
                 data = data.model_copy(update={"counts": asdict(setup.dataset.counts)})
-            history = _complete_curve(setup, history, base_held_out, held_out)
-            base_held_out = replace(base_held_out, groups=setup.dataset.groups_of(setup.measured_texts))
-            result = evaluation.paired_gain(base_held_out, held_out)
-            preference, after = None, None
-            if before is not None:
-                after = preference_result.measure_after(setup, held_out)
-                preference = preference_result.compare_sides(setup, *before, after)
-                change = evaluation.paired_gain(before[1].chosen, held_out)
+            result = paired_gain(*losses)
+            if result.rows < len(setup.held_out):
+                result = result.model_copy(update={"of_rows": len(setup.held_out)})
+            preference, rejected = None, None
+            if setup.objective is not None:
+                after = preference_result.measure_after(setup, before, losses)
+                preference, change, rejected = after
                 advice = preference_result.preference_advice(preference, change, setup.learning_rate)
             else:
                 advice = rate_advice(
                     history, result, setup.learning_rate, setup.method, setup.steps_per_epoch, setup.parent_loss
                 )
             sources = [
-                source.model_copy(update={"result": setup.paired_gain_on(number, base_held_out, held_out)})
+                source.model_copy(update={"result": setup.paired_gain_on(number, *losses)})
                 for number, source in enumerate(setup.source_infos())
             ]
             manifest = setup.manifest.model_copy(
@@ -352,30 +358,22 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
                     "run": run.model_copy(update={**trained, "advice": advice}),
                     "result": result,
                     "preference": preference,
-                    **setup.measured_fields(int(trained["tokens"])),
+                    **loss_result.measured_fields(setup, int(trained["tokens"]), losses),
                 }
             )
             texts = distributed.run_on_rank_zero(partial(samples.finish, state, int(trained["kept_step"])))
             write = partial(_write_adapter, setup, library, manifest, history, texts)
             adapter = distributed.run_on_rank_zero(write)
-            evaluation.cache_adapter_loss(setup.base, setup.held_out, adapter, held_out)
-            if after is not None:
-                evaluation.cache_adapter_loss(setup.base, setup.rejected, adapter, after.rejected)
+            measured = setup.held_out[: result.rows]
+            evaluation.cache_adapter_loss(setup.base, measured, adapter, losses[1])
+            if rejected is not None:
+                evaluation.cache_adapter_loss(setup.base, setup.rejected, adapter, rejected)
             distributed.run_on_rank_zero(partial(paths.remove_run_folder, config, folder, setup.notify))
     except KeyboardInterrupt as error:
         raise Interrupted(f"Stopped immediately. Resume with: {checkpoints.resume_command(config)}") from error
     if advice:
         setup.notify(Notice(advice))
     return adapter
-
-
-def _complete_curve(setup: TrainingSetup, history: History, base: HeldOutLoss, adapter: HeldOutLoss) -> History:
-    """Add both ends of the curve to the log entries, from the measurements of all held-out rows."""
-    if setup.curve is None:
-        return history
-    is_measured = any("eval_subset_loss" in entry and entry["step"] == setup.max_steps for entry in history)
-    end = [] if is_measured else [setup.curve_point(setup.max_steps, adapter)]
-    return [*setup.curve_start(base), *history, *end]
 
 
 def _create_run_folder(setup: TrainingSetup, folder: Path) -> None:

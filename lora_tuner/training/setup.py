@@ -1,10 +1,9 @@
-"""Prepare a run: load its inputs, add LoRA, measure, and resolve the configuration.
+"""Prepare a run: load its inputs, add LoRA, and resolve the configuration.
 
 The same configuration gives the same setup, down to the random initial weights, whatever was
 measured or trained in this process before. Nothing is written.
 """
 
-import math
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 
@@ -13,6 +12,7 @@ from peft import PeftModel
 from transformers import set_seed
 
 from .. import distributed
+from ..adapters.gains import HeldOutLoss, gain_on
 from ..adapters.library import adapter_name
 from ..adapters.manifest import (
     SCHEMA_VERSION,
@@ -26,33 +26,22 @@ from ..adapters.manifest import (
 )
 from ..config import DEFAULT_BETA, FILE_SETTINGS, PROBE, TrainConfig, is_conversation
 from ..data.eval_sets import EvalSet
-from ..data.general_text import general_texts
 from ..data.prompts import held_out_prompts
 from ..data.splitting import content_hash
+from ..data.tokenization import TokenIds
 from ..errors import (
     ConfigError,
     EventHandler,
-    LoraTunerError,
     Notice,
     Progress,
-    TrainingError,
     ignore_events,
 )
-from ..evaluation import (
-    HeldOutLoss,
-    encode_held_out,
-    gain_on,
-    measure_base_loss,
-    measure_loss,
-    paired_gain,
-)
-from ..inference import probes
 from ..models import added_tokens, fsdp, fused_blocks, initialization, kernels, lora, replaced, replacement
 from ..models.base_files import quiet_transformers
 from ..text import describe_coverage, format_bytes, format_count
 from . import profiling
 from .inputs import TrainingInputs, dtype_name, load_inputs
-from .label_result import label_info, measure_labels
+from .label_result import label_info
 from .learning_rate import ProbePlan, default_learning_rate, plan_run_probe
 from .profiling import HeldOutCurve, StepProfile
 
@@ -96,13 +85,30 @@ class TrainingSetup(TrainingInputs):
         return self.curve.every if self.curve else self.config.eval_every
 
     @property
-    def parent_loss(self) -> float | None:
-        """Held-out loss of the parent, if it was measured on the same rows."""
+    def measures_all_rows(self) -> bool:
+        """True if all held-out rows are measured, even if fewer show the gain.
+
+        They are where their number is given (as in a sweep), where more than the gain is measured on
+        them, and where some have nothing to predict, so that the first rows are not the first texts.
+        """
+        is_asked = self.config.eval_rows is not None or self.config.eval_every is not None
+        has_more = self.objective is not None or bool(self.dataset.labels)
+        has_more = has_more or len(self.dataset.sources) > 1
+        return is_asked or has_more or len(self.held_out) < len(self.held_out_texts)
+
+    @property
+    def parent_result(self) -> EvalResult | None:
+        """Result of the parent, if it is of the same held-out set."""
         before = self.parent.manifest if self.parent else None
         if before is None or before.data is None or before.result is None or self.manifest.data is None:
             return None
-        is_same = before.data.held_out_hash == self.manifest.data.held_out_hash
-        return before.result.loss if is_same else None
+        return before.result if before.data.held_out_hash == self.manifest.data.held_out_hash else None
+
+    @property
+    def parent_loss(self) -> float | None:
+        """Held-out loss of the parent, if it was measured on the same rows."""
+        before = self.parent_result
+        return None if before is None or (before.of_rows and self.measures_all_rows) else before.loss
 
     @property
     def sample_prompts(self) -> list[str]:
@@ -111,16 +117,16 @@ class TrainingSetup(TrainingInputs):
             self.measured_texts, conversations=self.manifest.is_chat
         )
 
-    def curve_start(self, base: HeldOutLoss) -> list[dict[str, float]]:
-        """Return the point of the base on the held-out curve; none where the run begins with a parent."""
-        return [] if self.parent else [self.curve_point(0, base)]
+    @property
+    def curve_rows(self) -> list[TokenIds]:
+        """Held-out rows that are measured while the run trains: those of the curve, else all."""
+        return [self.held_out[row] for row in self.curve.rows] if self.curve else self.held_out
 
-    def curve_point(self, step: int, loss: HeldOutLoss) -> dict[str, float]:
-        """Return the log entry of a point on the held-out curve, from the losses of all held-out rows."""
+    def curve_metrics(self, loss: float) -> dict[str, float]:
+        """Return the log entry of a held-out loss while the run trains."""
         if self.curve is None:
-            return {"step": step, "eval_loss": loss.loss}
-        rows = self.curve.rows
-        return {"step": step, "eval_subset_loss": loss.select(rows).loss, "eval_subset_rows": len(rows)}
+            return {"eval_loss": loss}
+        return {"eval_subset_loss": loss, "eval_subset_rows": len(self.curve.rows)}
 
     def source_infos(self) -> list[SourceInfo]:
         """Return what the manifest has of each of several datasets."""
@@ -146,46 +152,6 @@ class TrainingSetup(TrainingInputs):
         sources = self.dataset.held_out_sources
         rows = [row for row, text in enumerate(self.measured_texts) if sources.get(text) == number]
         return gain_on(rows, base, adapter)
-
-    def measured_fields(self, trained_tokens: int) -> dict[str, object]:
-        """Measure what the manifest holds of the trained adapter beside its loss."""
-        fields = probes.measured_fields(
-            self.base,
-            self.measured_texts,
-            is_chat=self.manifest.is_chat,
-            template=self.manifest.template,
-            at_scale=probes.scales_of_trained(self.model),
-        )
-        labels = measure_labels(self.model, self.base, self.config, self.dataset, self.notify)
-        return fields | {"general": self._measure_general(trained_tokens), "labels": labels}
-
-    def _measure_general(self, trained_tokens: int) -> EvalResult | None:
-        """Measure base and adapter on a fixed part of the general text.
-
-        Price: one pass over about 2,300 tokens; that of the base is kept in the user's cache.
-
-        Returns:
-            None if this takes more than a small share of the run, or a row does not fit into the
-            context of the base.
-        """
-        budget = profiling.general_budget(self, trained_tokens)
-        texts = [text for kind in general_texts(subset=True) for text in kind.texts]
-        if sum(len(text.split()) for text in texts) > budget:  # a word has at least one token
-            return None
-        try:
-            rows = encode_held_out(self.base, texts)
-            lengths = [len(row) for row in rows]
-            if not 0 < sum(lengths) <= budget or max(lengths) >= self.base.max_context:
-                return None
-            with self.model.disable_adapter():
-                before = measure_base_loss(self.base, rows)
-            after = measure_loss(self.model, self.base, rows)
-            if not math.isfinite(after.loss):
-                raise TrainingError(f"the adapter's loss on it is {after.loss}.")
-            return paired_gain(before, after)
-        except LoraTunerError as error:  # no reason to lose the run
-            self.notify(Notice(f"General text was not measured: {error}"))
-            return None
 
     @cached_property
     def manifest(self) -> Manifest:

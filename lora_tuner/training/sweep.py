@@ -205,7 +205,8 @@ def _trial_name(name: str, config: TrainConfig, configs: Sequence[TrainConfig]) 
 
 
 def _with_shared_held_out_rows(trials: Sequence[TrainConfig]) -> Sequence[TrainConfig]:
-    """Let trials on different numbers of rows be measured on the held-out rows of the largest."""
+    """Let trials be measured on the same held-out rows: those of the largest number of rows."""
+    trials = [trial.model_copy(update={"eval_rows": trial.eval_rows_limit}) for trial in trials]
     if len({trial.max_rows for trial in trials}) == 1:
         return trials
     sizes = [trial.max_rows for trial in trials if trial.max_rows is not None]

@@ -14,13 +14,13 @@ import numpy as np
 from .. import evaluation
 from ..adapters import plots
 from ..adapters.adapter import RUN_FILE, Adapter
+from ..adapters.gains import HeldOutLoss, LossPair, gain_covariance, paired_gain
 from ..adapters.growth import GrowthPoint, fit_growth
 from ..adapters.report import GrowthFigures
 from ..adapters.summaries import Summary, Table, to_html
 from ..config import ModelOptions, TrainConfig
 from ..data.eval_sets import EvalSet
 from ..errors import EventHandler, TrainingError
-from ..evaluation import HeldOutLoss, LossPair
 from ..models import lora
 from ..settings_files import resolve_settings
 from ..text import format_bytes, format_duration, format_gain, format_number
@@ -223,7 +223,7 @@ def measure_trials(
             assert adapter.manifest.run is not None
             assert adapter.manifest.data is not None
             config = resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE)
-            gap = evaluation.paired_gain(loss, best)
+            gap = paired_gain(loss, best)
             results.append(
                 Trial(
                     name=trial_name,
@@ -274,7 +274,7 @@ def _outcomes(
         if len(rights) < 2:
             return None
         base, right[name] = rights
-    measured, _ = label_result.choose_rows(setup.dataset.held_out, setup.config.eval_rows)
+    measured, _ = label_result.choose_rows(setup.dataset.held_out, setup.config.eval_rows_limit)
     groups = np.array(setup.dataset.groups_of(measured) or range(len(measured)))
     return _Outcomes(base, right, lambda values: grouped_mean(values, groups))
 
@@ -319,7 +319,7 @@ def _fit_growth(
     if outcomes is not None:
         covariance = outcomes.gain_covariance(names)
         return fit_growth(points, covariance, "accuracy") if covariance else None
-    covariance = evaluation.gain_covariance(base, [held_out[name] for name in names])
+    covariance = gain_covariance(base, [held_out[name] for name in names])
     return fit_growth(points, covariance) if covariance else None
 
 

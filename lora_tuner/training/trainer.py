@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from .. import atomic_io, distributed, evaluation
+from ..adapters.gains import HeldOutLoss, LossPair
 from ..adapters.plots import AverageLoss
 from ..errors import (
     DataError,
@@ -40,13 +41,12 @@ from ..errors import (
     Progress,
     RaisedOnRankZero,
     TrainingError,
-    ignore_events,
     is_out_of_memory,
     os_error_message,
 )
 from ..models import initialization, lora
 from ..text import format_bytes
-from . import checkpoints
+from . import checkpoints, loss_result
 from .advice import lower_rate
 from .arguments import (
     LOSSES,
@@ -59,7 +59,7 @@ from .arguments import (
     training_arguments,
 )
 from .checkpoints import resume_command, save_adapter
-from .profiling import HeldOutCurve, peak_memory
+from .profiling import peak_memory
 from .samples import RunSamples
 from .setup import TrainingSetup
 from .signals import stop_on_signal
@@ -67,11 +67,11 @@ from .signals import stop_on_signal
 
 def run_trainer(
     setup: TrainingSetup, folder: Path, checkpoint: Path | None, samples: RunSamples, live: LiveLog
-) -> tuple[TrainerState, list[dict[str, float]], evaluation.HeldOutLoss]:
+) -> tuple[TrainerState, list[dict[str, float]], LossPair]:
     """Train `setup.model` from its start or from a checkpoint, and measure its held-out loss.
 
     Returns:
-        Trainer's state, the log entries of all steps, and the held-out loss.
+        Trainer's state, the log entries of all steps, and the held-out loss of base and adapter.
 
     Raises:
         Interrupted: after Ctrl-C, SIGTERM or SIGHUP, with a checkpoint saved.
@@ -113,8 +113,10 @@ def run_trainer(
                     f"{resume_command(setup.config)}"
                 )
             )
+    loss_result.complete_curve(setup, state.log_history)
     history = [entry for entry in state.log_history if LOSSES & entry.keys()]
-    return state, history, trainer.measure_held_out()
+    of_base, of_adapter = loss_result.measure_result(setup)
+    return state, history, (of_base, trainer.check_finite(of_adapter))
 
 
 @contextlib.contextmanager
@@ -258,7 +260,15 @@ class LoraTrainer(Trainer):
         return self.lr_scheduler
 
     def save_last_good_and_raise(self, problem: str) -> NoReturn:
-        """Save the last adapter whose loss and gradients were finite, and raise DivergedError."""
+        """Save the last adapter whose loss and gradients were finite, and raise DivergedError.
+
+        Raises BaseModelError in the first step if the base itself is damaged.
+        """
+        setup = self.setup
+        if self.state.global_step == 0 and distributed.world_size() == 1:
+            with setup.model.disable_adapter():
+                loss = evaluation.measure_loss(setup.base.model, setup.base, setup.held_out, setup.notify)
+            evaluation.check_base_loss(setup.base, loss)
         folder = self.folder / "last-good"
         if self.last_good and distributed.rank() == 0:
             self._swap_last_good()
@@ -318,25 +328,18 @@ class LoraTrainer(Trainer):
         text = f"loss {loss:.3f}, avg {self.average.update(loss):.3f}  {pace}"
         self.setup.notify(Progress("training", self.state.global_step, self.state.max_steps, text))
 
-    def measure_held_out(self, curve: HeldOutCurve | None = None) -> evaluation.HeldOutLoss:
-        """Measure all held-out rows, or those of the curve. Raises DivergedError for a loss that is not finite."""
-        setup = self.setup
-        rows = [setup.held_out[row] for row in curve.rows] if curve else setup.held_out
-        notify = ignore_events if curve else setup.notify  # few rows need no progress bar
-        held_out = evaluation.measure_loss(setup.model, setup.base, rows, notify)
+    def check_finite(self, held_out: HeldOutLoss) -> HeldOutLoss:
+        """Return a held-out loss. Raises DivergedError for one that is not finite."""
         if not math.isfinite(held_out.loss):
             self.save_last_good_and_raise(f"The held-out loss is {held_out.loss}")
         return held_out
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        curve, rows = self.setup.curve, ""
-        loss = self.measure_held_out(curve).loss
-        metrics: dict[str, float] = {"eval_loss": loss}
-        if curve:
-            metrics = {"eval_subset_loss": loss, "eval_subset_rows": len(curve.rows)}
-            rows = f" on the subset of {len(curve.rows)} rows"
+        text = loss_result.begin_curve(self.setup, self.state.log_history)
+        loss = self.check_finite(loss_result.measure_adapter(self.setup)).loss
+        metrics = self.setup.curve_metrics(loss)
         self.log(metrics)
-        self.setup.notify(Notice(f"Step {self.state.global_step}: held-out loss {loss:.3f}{rows}."))
+        self.setup.notify(Notice(f"Step {self.state.global_step}: held-out loss {loss:.3f}{text}."))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

@@ -6,6 +6,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_tuner import EvalSet, ModelOptions, TrainConfig, evaluation, train
+from lora_tuner.adapters.gains import paired_gain
 from lora_tuner.adapters.manifest import EvalResult
 from lora_tuner.analysis import forgetting
 from lora_tuner.analysis.forgetting import describe_forgetting, measure_forgetting
@@ -103,7 +104,7 @@ def test_guards_are_kinds_of_their_own(subject, base):
     assert [*figures.guards] == ["notes.csv", "notes.csv (2)"]
     assert [result.rows for result in figures.guards.values()] == [8, 5]
     ((pair, _, _),) = evaluation.held_out_losses(base, {"reviews": subject.adapter}, guards)
-    assert figures.guards["notes.csv"] == evaluation.paired_gain(*pair)
+    assert figures.guards["notes.csv"] == paired_gain(*pair)
     assert report.missing == {"gone.csv": "a standard error needs two rows"}
     assert figures.general.rows == sum(result.rows for result in figures.kinds.values()) == 40
     assert figures.sentences[2].startswith("Your own text: notes.csv ")

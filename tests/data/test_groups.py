@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lora_tuner import ModelOptions, evaluate, evaluation, resume, train
+from lora_tuner.adapters.gains import HeldOutLoss, paired_gain
 from lora_tuner.cli.display import format_result
 from lora_tuner.config import TrainConfig
 from lora_tuner.data import folders
@@ -22,7 +23,6 @@ from lora_tuner.data.rows import Source, iter_rows
 from lora_tuner.data.streaming import StreamingDataset, StreamState
 from lora_tuner.data.tokenization import encode_rows
 from lora_tuner.errors import ConfigError, DataError
-from lora_tuner.evaluation import HeldOutLoss, paired_gain
 from lora_tuner.settings_files import config_to_yaml, resolve_settings
 from lora_tuner.training.arguments import EpochOrder
 

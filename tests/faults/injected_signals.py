@@ -43,17 +43,15 @@ def ignored(number: int, *moments: tuple[str, int, int]) -> None:
 
 def best_at(step: int, *moments: tuple[str, int, int]) -> None:
     """Make the held-out loss lowest at a step, on any CPU, and send signals as `signalled` does."""
+    from lora_tuner.training import loss_result
     from lora_tuner.training.trainer import LoraTrainer
 
-    evaluate, measure = LoraTrainer.evaluate, LoraTrainer.measure_held_out
+    evaluate, measure = LoraTrainer.evaluate, loss_result.measure_adapter
 
     def shifted(trainer: Any, *arguments: Any, **options: Any) -> dict[str, float]:
-        loss = measure(trainer).loss + abs(trainer.state.global_step - step)
-        trainer.measure_held_out = lambda curve=None: types.SimpleNamespace(loss=loss)
-        try:
-            return evaluate(trainer, *arguments, **options)
-        finally:
-            del trainer.measure_held_out
+        loss = measure(trainer.setup).loss + abs(trainer.state.global_step - step)
+        setattr(loss_result, "measure_adapter", lambda setup: types.SimpleNamespace(loss=loss))  # noqa: B010
+        return evaluate(trainer, *arguments, **options)
 
     setattr(LoraTrainer, "evaluate", shifted)  # noqa: B010
     signalled(*moments)

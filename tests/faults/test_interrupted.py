@@ -28,7 +28,7 @@ BEFORE_IT_RUNS = {  # nothing to resume yet
     "starting": "lora_tuner.training.run:config_to_yaml",
 }
 AFTER_ITS_STEPS: dict[str, tuple[str, int]] = {
-    "measuring": ("lora_tuner.evaluation:measure_loss", 7),  # after the base and five points of the curve
+    "measuring": ("lora_tuner.training.loss_result:paired_gain", 1),
     "writing weights": ("lora_tuner.training.run:save_adapter", 1),
     "writing the curve": ("lora_tuner.adapters.plots:write_metrics", 1),
     "drawing": ("lora_tuner.adapters.plots:plot_loss", 1),

@@ -37,12 +37,12 @@ def watched(monkeypatch):
 def test_live_files_grow_from_step_0(settings, watched):
     adapter = train(settings(**CHANGES))
     counts, sampled, runs = zip(*watched, strict=True)
-    assert counts == (1, 2, 3, 4, 5, 6, 7, 7)  # the base, then steps and evaluations
+    assert counts == (0, 1, 2, 4, 5, 6, 7, 7)  # steps and evaluations, before the first of which is the base
     assert sampled == ([0], [0], *[[0, 2]] * 3, *[[0, 2, 4]] * 3)
     last = runs[-1]
     assert last.metrics[0] == {"step": 0, "eval_loss": adapter.manifest.result.base_loss}
     final = [json.loads(line) for line in (adapter.path / METRICS_FILE).read_text().splitlines()]
-    assert last.metrics[1:] == final
+    assert last.metrics == final
     assert last.samples == adapter.samples
     assert (last.total, last.seconds_left) == (4, 0)
     assert last.memory_bytes > 10e6
@@ -86,7 +86,7 @@ def test_full_disk_keeps_run_going(settings, watched, monkeypatch):
         "The run goes on, but its curve cannot be followed. runs/reviews/samples.jsonl: No space left on device: "
         "free some space and try again."
     ]
-    assert [count for count, _, _ in watched] == [1, 1, 3, 4, 5, 6, 7, 7]
+    assert [count for count, _, _ in watched] == [0, 0, 2, 4, 5, 6, 7, 7]
     assert watched[-1][2].samples == adapter.samples
 
 

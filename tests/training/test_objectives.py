@@ -14,13 +14,13 @@ from pydantic import ValidationError
 
 from lora_tuner import Interrupted, Library, Notice, Progress, atomic_io, evaluation, plan, resume, train
 from lora_tuner.adapters.adapter import CARD_FILE, MANIFEST_FILE
+from lora_tuner.adapters.gains import HeldOutLoss
 from lora_tuner.adapters.growth import find_growth
 from lora_tuner.adapters.manifest import EvalResult
 from lora_tuner.adapters.preference_info import PairedFigure, PreferenceInfo
 from lora_tuner.config import DEFAULT_BETA
 from lora_tuner.data.packing import PackedSequences
 from lora_tuner.errors import TrainingError
-from lora_tuner.evaluation import HeldOutLoss
 from lora_tuner.models import lora
 from lora_tuner.training import objectives, preference_result, reference, sweep, sweep_result
 from lora_tuner.training.learning_rate import RATE_SHARES

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from lora_tuner import Interrupted, Library, Notice, evaluation, plan, resume, train
+from lora_tuner.adapters.gains import HeldOutLoss
 from lora_tuner.adapters.model_card import model_card
 from lora_tuner.errors import ConfigError, DivergedError
-from lora_tuner.evaluation import HeldOutLoss
 from lora_tuner.training import learning_rate, rate_probe, sweep
 from lora_tuner.training.learning_rate import plan_probe
 from lora_tuner.training.profiling import StepProfile

@@ -17,8 +17,7 @@ from lora_tuner.errors import AdapterError, BaseModelError, DataError, TrainingE
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
 from lora_tuner.settings_files import resolve_settings
-from lora_tuner.training import checkpoints, profiling
-from lora_tuner.training import setup as training_setup
+from lora_tuner.training import checkpoints, loss_result, profiling
 
 from .. import tiny_models
 
@@ -86,7 +85,7 @@ def test_failed_general_text_keeps_run(settings, roomy, monkeypatch):
     def fail(*args):
         raise BaseModelError("its loss is nan.")
 
-    monkeypatch.setattr(training_setup, "measure_base_loss", fail)
+    monkeypatch.setattr(evaluation, "encode_held_out", fail)
     told = []
     assert train(settings(base=roomy), told.append).manifest.general is None
     assert Notice("General text was not measured: its loss is nan.") in told
@@ -184,7 +183,7 @@ def test_interrupt_after_training_resumes_without_steps(settings, monkeypatch, h
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "paired_gain", interrupted)
+        patch.setattr(loss_result, "paired_gain", interrupted)
         with pytest.raises(Interrupted, match=r"Stopped immediately\. Resume with"):
             train(settings(**how))
     told = []

@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from lora_tuner import Library, Progress, evaluation, resume, train
+from lora_tuner import Library, Progress, resume, train
 from lora_tuner.adapters import model_card, plots
 from lora_tuner.adapters.adapter import WEIGHTS_FILE
+from lora_tuner.adapters.gains import HeldOutLoss
 from lora_tuner.errors import BaseModelError, DivergedError, LoraTunerError, TrainingError
 from lora_tuner.models import targets
-from lora_tuner.training import checkpoints, run, trainer
+from lora_tuner.training import checkpoints, loss_result, run, trainer
 
 from ..faults.runs import slow
 from ..model_families import save_family
@@ -50,7 +51,7 @@ def test_adapter_is_not_blamed_for_its_base(settings, gpt2):
     damaged = {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items() if "c_attn" in name}
     save_file(tensors | damaged, "base/model.safetensors", {"format": "pt"})
     with pytest.raises(
-        BaseModelError, match=r"^base has a held-out loss of nan in float32: its weights are damaged"
+        BaseModelError, match=r"^base has a training loss of nan in float32: its weights are damaged"
     ):
         train(settings(base="base", method="dora"))
 
@@ -177,7 +178,7 @@ def fail_after_training(name, patch):
     elif name == "card":
         patch.setattr(model_card, "model_card", fail)
     elif name == "evaluation":
-        patch.setattr(trainer.LoraTrainer, "measure_held_out", fail)
+        patch.setattr(loss_result, "measure_result", fail)
     elif name == "tracker":
         patch.setattr(TrainerCallback, "on_train_end", fail)
     elif name == "weights":
@@ -202,18 +203,14 @@ def test_failure_after_training_is_resumed(settings, monkeypatch, name):
 
 
 def test_bad_held_out_loss_is_measured_again(settings, monkeypatch):
-    measure = evaluation.measure_loss
+    measure = loss_result.measure_pair
 
-    def damaged(model, base, *args, **kwargs):
-        loss = measure(model, base, *args, **kwargs)
-        return (
-            loss
-            if model is base.model
-            else evaluation.HeldOutLoss([float("nan")] * len(loss.nll), loss.predictions)
-        )
+    def damaged(*args):
+        before, after = measure(*args)
+        return before, HeldOutLoss([float("nan")] * len(after.nll), after.predictions)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "measure_loss", damaged)
+        patch.setattr(loss_result, "measure_pair", damaged)
         with pytest.raises(DivergedError) as error:
             train(settings(max_steps=2))
     assert str(error.value).endswith(
