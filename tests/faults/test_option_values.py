@@ -94,8 +94,8 @@ ACCEPTED = {  # all others are rejected
 def commands(command=ROOT, path=()):
     for name, subcommand in getattr(command, "commands", {}).items():
         yield from commands(subcommand, (*path, name))
-    if not hasattr(command, "commands"):
-        yield " ".join(path), command
+    if any(param.name != "help" for param in command.params) and not hasattr(command, "commands"):
+        yield " ".join(path), command  # the demo takes no value
 
 
 COMMANDS = dict(commands())
