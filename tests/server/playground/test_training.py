@@ -24,7 +24,7 @@ from lora_tuner.training import jobs
 from .browser import generate, open_page, prompt_of
 
 ROOT = Path(__file__).parents[3]
-WAIT = 200_000  # milliseconds, as other tests may run beside
+WAIT = 500_000  # milliseconds, as other tests may run beside
 WORDS = ["the", "film", "was", "good", "bad", "slow", "funny", "warm", "cold", "long", "actor", "plot", "never"]
 
 
