@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.ready-demo
 
-.PHONY: demo test test-slow check docs screenshots bench clean
+.PHONY: demo test test-slow check docs notebook screenshots bench clean
 .SILENT: $(READY) $(DEMO_READY)
 
 # Bytecode is kept, wherever the environment says otherwise: it is compiled when it is first needed, not by pip.
@@ -31,6 +31,9 @@ docs: $(READY)
 	$(BIN)/python -m tests.family_table
 	$(BIN)/python -m sphinx -W --keep-going -q -E -a -c docs . build/docs
 	@echo 'The site: build/docs/index.html'
+
+notebook: $(READY)  # trains four adapters, which takes some minutes
+	$(BIN)/python -m tests.notebook
 
 screenshots: $(READY)  # trains two adapters, which takes some minutes
 	LORA_TUNER_SCREENSHOTS=$(CURDIR)/docs/page $(BIN)/python -m pytest -n 0 -m slow tests/server/playground/test_screenshots.py

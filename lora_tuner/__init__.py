@@ -3,6 +3,7 @@
 Public names are imported on first use, so that `import lora_tuner` is fast.
 """
 
+import warnings
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -35,6 +36,9 @@ try:
     __version__ = version("lora_tuner")
 except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0"
+
+# Advice of tqdm where a notebook has no ipywidgets, which nothing here needs.
+warnings.filterwarnings("ignore", "IProgress not found")
 
 _HOMES = {  # public name -> module that defines it
     "Adapter": "adapters.adapter",

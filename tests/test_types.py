@@ -12,13 +12,17 @@ import pytest
 
 import lora_tuner
 
+from .test_notebook import CODE
+
 ROOT = Path(__file__).parents[1]
 PROGRAM = ROOT / "tests" / "typed_program.py"
-# In the program no expression has the type Any.
+# In the program no expression has the type Any; the notebook calls IPython, which is not typed.
 MYPY = """[mypy]
 strict = True
 [mypy-program]
 disallow_any_expr = True
+[mypy-notebook]
+disallow_untyped_calls = False
 """
 PYRIGHT = {"typeCheckingMode": "strict"}
 
@@ -39,6 +43,8 @@ def programs(tmp_path, monkeypatch):
     (tmp_path / "readme.py").write_text(
         example.replace("print(adapter.manifest.result.gain)", "print(adapter.name)")
     )
+    cells = "\n".join("".join(cell["source"]) for cell in CODE)
+    (tmp_path / "notebook.py").write_text(f"# pyright: basic, reportUnusedExpression=false\n{cells}\n")
     (tmp_path / "mypy.ini").write_text(MYPY)
     (tmp_path / "pyrightconfig.json").write_text(json.dumps(PYRIGHT))
     return tmp_path
@@ -50,8 +56,8 @@ def call(folder, *command):
 
 @pytest.mark.slow
 def test_mypy_accepts_programs(programs):
-    done = call(programs, sys.executable, "-m", "mypy", "program.py", "readme.py")
-    assert done.stdout == "Success: no issues found in 2 source files\n", done.stdout + done.stderr
+    done = call(programs, sys.executable, "-m", "mypy", "program.py", "readme.py", "notebook.py")
+    assert done.stdout == "Success: no issues found in 3 source files\n", done.stdout + done.stderr
 
 
 @pytest.fixture

@@ -97,8 +97,9 @@ def reading(library: Library) -> None:
         assert_type(adapter.manifest.result.standard_error, float | None)
     for name, entry in library.entries():
         assert_type(name, str)
-        if isinstance(entry, Adapter):
-            assert_type(entry.sha256, str)
+        if isinstance(entry, LoraTunerError):
+            continue
+        assert_type(entry, Adapter)
 
 
 def generating() -> None:
