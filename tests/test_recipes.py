@@ -106,4 +106,6 @@ def test_recipe_trains_on_cpu(recipe, chat_base):
 @pytest.mark.parametrize("recipe", ON_REAL_BASE)
 def test_recipe_trains_real_base(recipe):
     train(recipe, "smollm2-135m", "--max-steps", 3)
-    assert Library().get(recipe).manifest.result.gain > 0
+    manifest = Library().get(recipe).manifest
+    assert (manifest.base.name, manifest.run.steps) == ("smollm2-135m", 3)
+    assert manifest.result.loss != manifest.result.base_loss
