@@ -157,6 +157,8 @@ def collate(
             positions[index, start:] = torch.arange(longest - start)  # also padding
             starts.append(index * longest + start)
             start += len(row)
+    # Behind a short row padding may be longer than the context of the base.
+    positions.clamp_(max=max(1, *(len(row) - 1 for item in items for row in item)))
     batch = {
         "input_ids": values.where(values >= 0, ~values),
         "position_ids": positions,

@@ -19,13 +19,14 @@ from lora_tuner.adapters.growth import find_growth
 from lora_tuner.adapters.manifest import EvalResult
 from lora_tuner.adapters.preference_info import PairedFigure, PreferenceInfo
 from lora_tuner.config import DEFAULT_BETA
-from lora_tuner.data.packing import PackedSequences
+from lora_tuner.data.packing import PackedSequences, collate
 from lora_tuner.errors import TrainingError
 from lora_tuner.models import lora
 from lora_tuner.training import objectives, preference_result, reference, sweep, sweep_result
 from lora_tuner.training.learning_rate import RATE_SHARES
 from lora_tuner.training.setup import prepare_training
 
+from .. import tiny_models
 from .preferences import answers, gradients, log_probabilities, pairs, perturb, plain_model, write_rows
 from .test_run import StopAt, history, weights
 
@@ -71,6 +72,22 @@ def test_pairs_stay_in_one_sequence(packing):
     filler = sequences[len(sequences)]
     assert [len(row) for row in filler] == [1, 1]
     assert filler.numbers == [-1, -1]
+
+
+def test_padding_has_places_of_rows():
+    """A short pair beside a long one: a base with learned positions has none beyond its context."""
+    batch = collate([rows_in(30, 30), rows_in(3, 4)], 0)
+    places = batch["position_ids"]
+    assert places.max() == 29
+    assert places[0].tolist() == [*range(30), *range(30)]
+    assert places[1].tolist() == [0, 1, 2, *range(30), *[29] * 27]
+    assert collate([rows_in(1), rows_in(1, 1)], 0)["position_ids"].tolist() == [[0, 1], [0, 0]]
+
+
+def test_rows_as_long_as_context_are_compared(preferring, tmp_path):
+    base = tiny_models.save_model(tmp_path / "short", "gpt2", context=64)
+    adapter = train(preferring("kto", base=str(base), max_steps=20, batch_size=4))
+    assert adapter.manifest.run.steps == 20
 
 
 def expected_loss(setup, model, base, items):
