@@ -285,7 +285,9 @@ def _find_preferences(table: Table, config: TrainConfig) -> Layout:
     has_values = [name for name in labels if any(row.get(name) not in (None, "") for row in rows)]
     label = next(iter([*has_values, *labels]), "")
     if answer is None or not label or config.objective != "kto":
-        advice = f" {label} says which answers are desired: --objective kto learns from that." if label else ""
+        advice = ""
+        if label and config.objective != "kto":
+            advice = f" {label} says which answers are desired: --objective kto learns from that."
         columns = format_names(table.columns)
         raise DataError(f"{table.source}: {objective} needs {needs}: its columns are {columns}.{advice}")
     columns_of = (answer.column, answer.answer) if answer.answer else ("", answer.column)

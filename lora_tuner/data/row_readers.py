@@ -131,7 +131,7 @@ def _read_label(table: Table, row: Row, column: str, config: TrainConfig) -> str
     """Return the name of a row's label: that of --label-names, else of the class, else the value."""
     names, value = config.label_name_of, row.get(column)
     plain = value_name(value, [])
-    label = names.get(plain) or value_name(value, table.label_names.get(column, []))
+    label = names.get(plain) or names.get(f"{plain}.0") or value_name(value, table.label_names.get(column, []))
     label = names.get(label, label)
     if not label:
         raise InvalidRowError(f"no label in '{column}'")

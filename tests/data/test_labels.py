@@ -51,6 +51,8 @@ def test_columns_may_have_other_names(load):
 def test_values_get_names(load, values):
     rows = [{"text": text, "label": values[number % 2]} for number, text in enumerate(TEXTS)]
     names = ["false=bad", "true=good"] if values[0] is False else ["0=bad", "1=good"]
+    if isinstance(values[0], float):
+        names = ["0.0=bad", "1.0=good"]
     dataset = load("a.json", json.dumps(rows), **LABEL, label_names=names)
     assert pairs(dataset) == {text: ("bad", "good")[number % 2] for number, text in enumerate(TEXTS)}
 
