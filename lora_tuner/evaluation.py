@@ -417,10 +417,11 @@ def measure_base_loss(
 def check_base_loss(base: LoadedBase, loss: HeldOutLoss, name: str = "held-out loss") -> None:
     """Raise BaseModelError for a loss of the base that is not finite."""
     if not math.isfinite(loss.loss):
+        dtype = str(base.dtype).removeprefix("torch.")
+        why = "" if dtype == "float32" else ", or too large for this dtype; try --dtype float32"
         raise BaseModelError(
-            f"{base.files.name} has a {name} of {loss.loss} in "
-            f"{str(base.dtype).removeprefix('torch.')}: its weights are damaged, or too large for "
-            "this dtype. Try --dtype float32, or another --base."
+            f"{base.files.name} has a {name} of {loss.loss} in {dtype}: its weights are damaged{why}. "
+            "Choose another --base."
         )
 
 

@@ -143,5 +143,5 @@ def test_nan_base_is_one_line(run, arguments):
     )
     ended = run(*arguments)
     assert ended.status == 1
-    assert ended.line.startswith("Error: base has a held-out loss of nan in float32: its weights are damaged")
+    assert ended.line.startswith("Error: base has a training loss of nan in float32: its weights are damaged.")
     assert not RUN.exists()
