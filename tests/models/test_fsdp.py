@@ -102,9 +102,7 @@ def test_sharded_training_matches_unsharded(settings):
 @pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
 def test_sharded_base_learns_preferences(settings, objective):
     """Losses and held-out figures are those of one process."""
-    rows = preferences.answers(64) if objective == "kto" else preferences.pairs(60)
-    settings |= {"dataset": preferences.write_rows(rows), "objective": objective, "eval_rows": 100}
-    settings |= {"near_duplicates": "keep"}
+    settings |= preferences.run_settings(objective)
     done = run_sharded(settings, "--max-steps=8", "--name=two")
     assert done.status == 0, done.err
     check_shards(done, settings)

@@ -149,9 +149,7 @@ def test_two_processes_train_same_adapter(settings, run_both):
 @pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
 def test_two_processes_share_pairs(settings, objective):
     """Also where a process has fewer pairs than the other, or none."""
-    rows = preferences.answers(64) if objective == "kto" else preferences.pairs(60)
-    settings |= {"dataset": preferences.write_rows(rows), "objective": objective, "eval_rows": 100}
-    settings |= {"near_duplicates": "keep"}
+    settings |= preferences.run_settings(objective)
     done = run_two(settings, "--max-steps=8", "--name=two")
     assert done.status == 0, done.err
     assert done.err.count(f"Objective {objective}") == 1
