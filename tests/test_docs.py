@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import inspect
 import re
 import shlex
 import shutil
@@ -188,7 +189,7 @@ def test_docstring_examples_are_all_run():
     """And begin a section, of which the API reference makes a block."""
     documents = {name: getattr(lora_tuner, name).__doc__ or "" for name in lora_tuner.__all__}
     assert {name for name, text in documents.items() if ">>>" in text} == {*EXAMPLES}
-    assert all("    Examples:\n        >>> " in documents[name] for name in EXAMPLES)
+    assert all("\nExamples:\n    >>> " in inspect.cleandoc(documents[name]) for name in EXAMPLES)
 
 
 @pytest.mark.parametrize("page", PAGES)

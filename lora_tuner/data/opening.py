@@ -286,10 +286,10 @@ def _decoding(text: io.TextIOWrapper, encoding: str) -> Iterator[None]:
     """Raise ValueError that names the option, for bytes that are not of the encoding."""
     try:
         yield
-    except UnicodeDecodeError as error:
-        position = cast("io.BufferedReader", text.buffer).tell() - len(error.object) + error.start
-        raise ValueError(not_encoded(position, encoding)) from error
     except UnicodeError as error:
+        if isinstance(error, UnicodeDecodeError) and "BOM" not in error.reason:  # of Python 3.13, without a mark
+            position = cast("io.BufferedReader", text.buffer).tell() - len(error.object) + error.start
+            raise ValueError(not_encoded(position, encoding)) from error
         raise ValueError(
             f"it has no byte order mark, which {encoding} needs: name its encoding with --encoding, such as {encoding}-le, "
             "or leave that out"

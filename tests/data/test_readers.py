@@ -244,7 +244,7 @@ def test_csv_long_field_is_read(load):
             '{"text": {"0": "a", "1": "b"}}',
             "it is one JSON object without a list of rows: write an array, or one object per line",
         ),
-        ("a.json", '{\n "data": [{"text": "a"},]\n}', "Expecting value: line 2 column 25 (char 26)"),
+        ("a.json", '{\n "data": [{"text": "a"} 5]\n}', "Expecting ',' delimiter: line 2 column 25 (char 26)"),
         (
             "a.jsonl",
             '{"text": "a"}\n\n{"text": \n',

@@ -30,9 +30,12 @@ def dropped(kind: str, *descriptors: int) -> None:
         reader, target = os.openpty() if kind == "closed terminal" else os.pipe()
         os.close(reader)
     for descriptor in descriptors:
-        os.close(descriptor) if kind == "closed" else os.dup2(target, descriptor)
         if kind == "closed":
-            setattr(sys, ("stdin", "stdout", "stderr")[descriptor], None)
+            name = ("stdin", "stdout", "stderr")[descriptor]
+            getattr(sys, name).close()
+            setattr(sys, name, None)
+        else:
+            os.dup2(target, descriptor)
 
 
 def ignored(number: int, *moments: tuple[str, int, int]) -> None:

@@ -319,7 +319,9 @@ def test_unknown_route_gives_404_or_405(served, method, path, status):
 
 def test_broken_json_names_its_place(served):
     headers = {"Content-Type": "application/json"}
-    error = error_of(httpx.post(f"{served.url}/v1/completions", content=b'{"model": "a",}', headers=headers), 400)
+    error = error_of(
+        httpx.post(f"{served.url}/v1/completions", content=b'{"model": "a" 5}', headers=headers), 400
+    )
     assert error["message"].startswith("The body is not valid JSON: ")
     assert error["message"].endswith(", at character 14.")
 
