@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import re
+import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -26,9 +27,15 @@ CODE_EXTENSIONS = tuple(_CODE_FILES.split())  # files that are one row each, as 
 # Names of adapters; names of Windows devices are excluded.
 NAME_PATTERN = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)$)[A-Za-z][A-Za-z0-9_-]{0,63}")
 MAX_MESSAGE_CHARS = 20_000
+PROGRAM, SCRIPT = "python cli.py", "lora-tuner"  # the latter is installed as a command
 GAIN_SCALE = "0.69: each token twice as likely"  # ln 2, as a gain is in nats per token
 # With lone surrogates.
 CONTROL_CHARACTERS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
+
+
+def as_typed(text: str) -> str:
+    """Return a text whose commands begin as this process did: a wheel has no cli.py."""
+    return text.replace(PROGRAM, SCRIPT) if Path(sys.argv[0]).stem == SCRIPT else text
 
 
 def display_name(name: str) -> str:

@@ -14,6 +14,7 @@ import typer
 
 from .. import __version__, distributed
 from ..errors import Interrupted, LoraTunerError, RaisedOnRankZero, is_out_of_memory, os_error_message
+from ..text import PROGRAM
 from ..training.progress import display
 from ..training.signals import HANGUP, TERMINATION, handle_signals
 from . import (
@@ -32,7 +33,7 @@ from . import (
     train,
 )
 from .completion import INSTALL_OPTIONS, completed_command
-from .display import PROGRAM, print_stderr
+from .display import print_stderr
 from .help import MAX_WIDTH, HelpGroup
 from .options import StrictCommand
 from .streams import is_reader_gone, quiet_libraries, reliable_streams, stdout_error

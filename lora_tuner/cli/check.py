@@ -10,9 +10,9 @@ from ..adapters.adapter import Adapter
 from ..adapters.library import Library
 from ..convert.model_check import check_export
 from ..errors import ConfigError
-from ..text import one_line
+from ..text import as_typed, one_line
 from ..training.progress import display
-from .display import as_typed, print_stderr, print_table, print_wrapped, show_json
+from .display import print_stderr, print_table, print_wrapped, show_json
 from .options import DEFAULT_ADAPTERS_DIR, AdapterArgument, AdaptersDirOption, JsonOption
 
 if TYPE_CHECKING:

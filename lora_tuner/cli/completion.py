@@ -11,8 +11,8 @@ import typer
 
 from ..config import TrainConfig
 from ..errors import ConfigError, LoraTunerError
-from ..text import CODE_EXTENSIONS, DATA_EXTENSIONS, data_extension
-from .display import PROGRAM, SCRIPT, print_stderr
+from ..text import CODE_EXTENSIONS, DATA_EXTENSIONS, PROGRAM, SCRIPT, data_extension
+from .display import print_stderr
 
 INSTALL_OPTIONS = {"--install-completion", "--show-completion"}
 

@@ -7,8 +7,9 @@ import typer
 
 from ..adapters.library import Library, adapter_name
 from ..config import TrainConfig
+from ..text import PROGRAM
 from ..training.unfinished import unfinished_runs
-from .display import PROGRAM, print_stderr
+from .display import print_stderr
 
 TRAINING = ("--rank", "8", "--minutes", "1.25")
 PROMPT = "Acting"

@@ -17,16 +17,10 @@ from rich.text import Text
 from ..adapters import summaries
 from ..adapters.manifest import EvalResult, SourceInfo
 from ..adapters.preference_info import PreferenceInfo
-from ..text import CONTROL_CHARACTERS, describe_gain, escape_control, format_gain, one_line, shorten
+from ..text import CONTROL_CHARACTERS, as_typed, describe_gain, escape_control, format_gain, one_line, shorten
 from .streams import is_reader_gone, stdout_error
 
 BASE_LABEL = summaries.BASE_LABEL
-PROGRAM, SCRIPT = "python cli.py", "lora-tuner"  # the latter is installed as a command
-
-
-def as_typed(text: str) -> str:
-    """Return a text whose commands begin as this one did: a wheel has no cli.py."""
-    return text.replace(PROGRAM, SCRIPT) if Path(sys.argv[0]).stem == SCRIPT else text
 
 
 def print_stderr(text: str) -> None:

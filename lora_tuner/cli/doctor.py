@@ -15,8 +15,8 @@ from ..adapters.library import Library
 from ..config import DEFAULT_BASE, EMBEDDED_BASE, TrainConfig
 from ..errors import ConfigError, LoraTunerError
 from ..hub import why_unreachable
-from ..text import format_bytes, format_count
-from .display import PROGRAM, as_typed, show_fields, show_json
+from ..text import PROGRAM, as_typed, format_bytes, format_count
+from .display import show_fields, show_json
 from .options import JsonOption
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import Any
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
-from .display import PROGRAM, SCRIPT, color_system
+from ..text import PROGRAM, SCRIPT
+from .display import color_system
 
 _MOST_USED = {"train": ("dataset", "name", "minutes", "base", "preview")}  # they come first
 MAX_WIDTH = 120  # longer lines are hard to read

@@ -14,7 +14,7 @@ from ..adapters.library import Library
 from ..adapters.report import TITLES
 from ..config import ModelOptions
 from ..errors import ConfigError, Interrupted
-from ..text import format_duration, one_line
+from ..text import PROGRAM, as_typed, format_duration, one_line
 from .data import check_page
 from .display import print_table, print_wrapped, show_json
 from .options import (
@@ -138,7 +138,7 @@ def _command(
     words = ["report", adapter.name if is_in_library else str(adapter.path)]
     for name, value in given:
         words += [f"--{name.replace('_', '-')}"] + ([str(value)] if value is not True else [])
-    return f"python cli.py {shlex.join(words)}"
+    return as_typed(f"{PROGRAM} {shlex.join(words)}")
 
 
 def show_report(report: "Report") -> None:

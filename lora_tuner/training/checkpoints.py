@@ -19,6 +19,7 @@ from ..config import TrainConfig
 from ..errors import AdapterError, ConfigError, EventHandler, Notice, TrainingError
 from ..models.base_files import quiet_transformers
 from ..settings_files import config_to_yaml
+from ..text import PROGRAM, as_typed
 
 if TYPE_CHECKING:
     import torch
@@ -47,16 +48,16 @@ def resume_command(config: TrainConfig) -> str:
     option = (
         f" --runs-dir {shlex.quote(str(config.runs_dir))}" if config.runs_dir != TrainConfig().runs_dir else ""
     )
-    return f"python cli.py train --resume {config.name}{option}"
+    return as_typed(f"{PROGRAM} train --resume {config.name}{option}")
 
 
 def more_steps_advice(adapter_folder: Path, steps: str = "--max-steps N") -> str:
     """Return the sentence that says how to train further than the steps of a run."""
     name, file = adapter_folder.name, shlex.quote(str(adapter_folder / adapter.RUN_FILE))
     parent = name if adapter_folder.parent == TrainConfig().adapters_dir else shlex.quote(str(adapter_folder))
-    return (
+    return as_typed(
         "A run keeps its number of steps; a new adapter continues from the finished one: "
-        f"python cli.py train --config {file} --from {parent} --name {name}-2 {steps}"
+        f"{PROGRAM} train --config {file} --from {parent} --name {name}-2 {steps}"
     )
 
 

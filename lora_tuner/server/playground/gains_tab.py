@@ -13,12 +13,12 @@ from ...config import TrainConfig
 from ...errors import ConfigError, GenerationError, Interrupted, LoraTunerError, Notice, Progress
 from ...models.loading import LoadedBase
 from ...settings_files import resolve_settings
-from ...text import format_names
+from ...text import as_typed, format_names
 from . import html
 from .common import PageTab, buttons, connect_stop, on
 from .gain_matrix import show_gains
 
-NO_ADAPTERS = "There are no adapters yet. Train one first: python cli.py train --dataset DATA"
+NO_ADAPTERS = as_typed("There are no adapters yet. Train one first: python cli.py train --dataset DATA")
 
 
 class GainsTab(PageTab):

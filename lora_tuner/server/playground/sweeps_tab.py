@@ -11,7 +11,7 @@ from markupsafe import Markup
 from pydantic import TypeAdapter, ValidationError
 
 from ...errors import TrainingError
-from ...text import NAME_PATTERN, format_bytes, format_count, format_duration, format_gain
+from ...text import NAME_PATTERN, PROGRAM, as_typed, format_bytes, format_count, format_duration, format_gain
 from ...training.paths import SWEEP_RESULT_FILE
 from ...training.unfinished import UnfinishedRun, unfinished_runs
 from . import charts, html
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ...training.sweep_result import SweepResult, Trial
 
 MAX_RESULT_BYTES = 10_000_000
-NO_SWEEPS = (
+NO_SWEEPS = as_typed(
     "No sweeps yet. A sweep trains an adapter for each rank, learning rate or number of rows and recommends one: "
     "python cli.py train --dataset DATA --name NAME --rank 4,16,64"
 )
@@ -93,7 +93,9 @@ class SweepsTab(PageTab):
     def _unfinished(self, sweep: UnfinishedRun) -> Markup:
         if sweep.problem:
             return html.failure(f"{sweep.name}: {self.service.hide_paths(sweep.problem)}")
-        state = "running" if sweep.running else f"stopped; python cli.py train --resume {sweep.name} resumes it"
+        state = (
+            "running" if sweep.running else as_typed(f"stopped; {PROGRAM} train --resume {sweep.name} resumes it")
+        )
         return html.note(
             f"{sweep.name}: {sweep.done} of {format_count(sweep.total or 0, 'trial')} done, {state}."
         )
