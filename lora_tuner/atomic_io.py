@@ -115,14 +115,15 @@ def why_not_writable(folder: Path) -> str | None:
     """Return the reason why a folder, which may not exist yet, is not writable; None if it is."""
     existing = _nearest_existing(folder)
     missing = folder.absolute().relative_to(existing).parts
-    if any(_is_too_long(path) for path in (folder / _LONG_NAME, *(existing / name for name in missing))):
+    if any(is_too_long(path) for path in (folder / _LONG_NAME, *(existing / name for name in missing))):
         return f"{str(folder)[:100]}... is too long for a path"
     if not existing.is_dir():
         return f"{existing} is not a folder"
     return None if os.access(existing, os.W_OK | os.X_OK) else f"{existing} is not writable"
 
 
-def _is_too_long(path: Path) -> bool:
+def is_too_long(path: Path) -> bool:
+    """Return whether the system refuses a path for its length, or that of a name in it."""
     try:
         os.lstat(path)
     except OSError as error:
@@ -136,7 +137,7 @@ def why_not_replaceable(path: Path) -> str | None:
         return f"{path} does not end in a name"
     if os.path.ismount(path):
         return f"{path} is a mount point, so it is not replaced"
-    if _is_too_long(_nearest_existing(path.parent) / f".{path.name}.12345678{WORK_SUFFIX}"):
+    if is_too_long(_nearest_existing(path.parent) / f".{path.name}.12345678{WORK_SUFFIX}"):
         return f"{path.name[:100]}... is too long for a name"
     return why_not_writable(path.parent)
 

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from ..adapters.adapter import RUN_FILE, Adapter
 from ..adapters.library import Library
+from ..atomic_io import is_too_long
 from ..config import (
     DEFAULT_BASE,
     DELIMITER_NAMES,
@@ -71,6 +72,13 @@ def _help(setting: str) -> str | None:
     return TrainConfig.model_fields[setting].description
 
 
+def check_folder(value: object) -> object:
+    """Refuse a path that is too long. To pathlib it does not exist, from Python 3.14 on."""
+    if isinstance(value, Path) and is_too_long(value):
+        raise typer.BadParameter("it is too long for a path")
+    return value
+
+
 def complete_adapter_names(ctx: typer.Context, incomplete: str) -> list[str]:
     """Shell completion: names of adapters with this prefix."""
     with contextlib.suppress(LoraTunerError, OSError):  # nothing to offer without a library
@@ -99,7 +107,9 @@ AdapterArguments = Annotated[
     list[str],
     typer.Argument(help="Adapters, by name or path.", show_default=False, autocompletion=complete_adapter_names),
 ]
-AdaptersDirOption = Annotated[Path, typer.Option(help=_help("adapters_dir"), file_okay=False)]
+AdaptersDirOption = Annotated[
+    Path, typer.Option(help=_help("adapters_dir"), file_okay=False, callback=check_folder)
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 BaseOption = Annotated[
@@ -217,6 +227,7 @@ def _option(name: str, field: FieldInfo, *, sweeps: bool) -> inspect.Parameter:
         show_default=False if default is None else str(default),
         rich_help_panel=extra["panel"],
         file_okay=False,  # all path settings are folders
+        callback=check_folder,
         autocompletion=_COMPLETIONS.get(name),
         parser=functools.partial(_parse_sweep_values, number, name == "learning_rate") if number else None,
         metavar=f"<number>[,...]{f'|{PROBE}' * (name == 'learning_rate')}" if number else None,

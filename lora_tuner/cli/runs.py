@@ -10,11 +10,12 @@ from ..text import format_age
 from .completion import complete_run_names
 from .display import print_stderr, print_table, show_json
 from .help import HelpGroup
-from .options import JsonOption, StrictCommand
+from .options import JsonOption, StrictCommand, check_folder
 
 DEFAULT_RUNS_DIR = TrainConfig().runs_dir
 RunsDirOption = Annotated[
-    Path, typer.Option(help=TrainConfig.model_fields["runs_dir"].description, file_okay=False)
+    Path,
+    typer.Option(help=TrainConfig.model_fields["runs_dir"].description, file_okay=False, callback=check_folder),
 ]
 
 

@@ -73,6 +73,8 @@ def open_file(path: Path) -> Iterator[io.FileIO]:
         if changed:
             raise ValueError(CHANGED)
     except _ERRORS as error:
+        if isinstance(error, RecursionError):  # its text depends on the version of Python
+            error = ValueError("it is nested too deeply")
         reason = (
             CHANGED if changed else getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".")
         )

@@ -206,7 +206,7 @@ def _decode(data: bytes) -> str:
 
 
 def _value_text(value: object) -> object:
-    """Return a number as SQLite prints it; bytes and NULL stay."""
+    """Return a number in the way of SQLite, with 15 digits; bytes and NULL stay."""
     if isinstance(value, float):
         digits, mark, exponent = f"{value:.15g}".partition("e")
         if value - value == 0 and "." not in digits:

@@ -137,7 +137,8 @@ class GrammarCompiler:
         try:
             serialized = _serialize(grammar)
         except Exception as error:  # the converter of GBNF raises errors of several types
-            raise RequestError(f"{grammar.field}: {_first_line(str(error))}", grammar.field) from error
+            reason = "it is nested too deeply." if isinstance(error, RecursionError) else str(error)
+            raise RequestError(f"{grammar.field}: {_first_line(reason)}", grammar.field) from error
         limits = LLParserLimits(
             max_grammar_size=MAX_GRAMMAR_SYMBOLS,
             max_lexer_states=MAX_LEXER_STATES,

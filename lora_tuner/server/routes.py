@@ -193,7 +193,8 @@ class _StrictJSONRequest(HTTPRequest):
         except json.JSONDecodeError:
             raise
         except (ValueError, RecursionError) as error:
-            raise HTTPException(400, f"The body is not valid JSON: {error}.") from error
+            reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+            raise HTTPException(400, f"The body is not valid JSON: {reason}.") from error
 
 
 class _StrictJSONRoute(APIRoute):
