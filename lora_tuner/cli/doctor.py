@@ -44,7 +44,7 @@ _INSTRUCTIONS = {
     "I8MM": "i8mm",
     "BF16": "bf16",
 }
-_DEVELOPMENT_EXTRAS = {"bench", "dev"}
+_DEVELOPMENT_EXTRAS = {"bench", "dev", "docs"}
 
 
 def inspect_environment() -> dict[str, object]:

@@ -67,7 +67,7 @@ class RunEstimate:
     probe_steps: int
     probe_seconds: float
     reference_seconds: float
-    held_out_seconds: float  #: for all measurements of the held-out loss
+    held_out_seconds: float  #: for all measurements of the held-out loss, at most
     peak_memory_bytes: int
     tokens_per_second: float
     used_share: float  #: of the tokens of the training rows
@@ -97,7 +97,7 @@ class RunEstimate:
             ("learning rate", f"{self.learning_rate:g}, {self.learning_rate_origin}"),
             *([("probe of it", probe)] if self.probe_steps else []),
             *([("reference", format_duration(reference))] if (reference := self.reference_seconds) else []),
-            ("evaluation", format_duration(self.held_out_seconds)),
+            ("evaluation", f"at most {format_duration(self.held_out_seconds)}"),
             ("peak memory", format_bytes(self.peak_memory_bytes)),
             ("base", precision + checkpointing),
             ("text used", format_share(self.used_share) + cut),

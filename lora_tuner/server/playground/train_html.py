@@ -229,7 +229,7 @@ def plan(estimate: Json) -> Markup:
     epoch = f" (one epoch: {estimate['steps_per_epoch']:,})" if estimate["steps_per_epoch"] else ""
     facts = {
         "Training": format_duration(estimate["training_seconds"]),
-        "Evaluation": format_duration(estimate["held_out_seconds"]),
+        "Evaluation": f"at most {format_duration(estimate['held_out_seconds'])}",
         "Reference": format_duration(seconds) if (seconds := estimate.get("reference_seconds")) else "",
         "Probe of the learning rate": format_duration(estimate["probe_seconds"])
         if estimate["probe_steps"]
