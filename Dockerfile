@@ -1,5 +1,5 @@
 # CPU:   docker build -t lora_tuner .
-# CUDA:  docker build -t lora_tuner:cuda --build-arg TORCH=cu130 .    (any name of https://download.pytorch.org/whl)
+# CUDA:  docker build -t lora_tuner:cuda --build-arg TORCH=cu130 .    (untried; any folder of https://download.pytorch.org/whl)
 # Run:   docs/serving.md#docker
 ARG PYTHON=3.11
 
