@@ -22,6 +22,7 @@ from ..data.chat_template import turn_end_ids
 from ..data.eval_sets import EvalSet
 from ..errors import AdapterError, ConfigError, EventHandler, Notice
 from ..models import loading
+from ..models.base_files import link_or_copy
 from ..models.tokenizer import load_adapter_tokenizer
 from . import verify
 from .common import check_output_path, distinct_eval_sets, encode_eval_sets, open_shared_base
@@ -154,7 +155,7 @@ def _prepare_base(
             folder.mkdir()
             for file in [*source.folder.glob("*config.json"), *source.folder.glob("*.safetensors*")]:
                 if not file.name.startswith("tokenizer"):
-                    (folder / file.name).symlink_to(file.resolve())
+                    link_or_copy(file, folder / file.name)
             own_tokenizer.save_pretrained(folder)
             source = replace(source, folder=folder)
         yield source

