@@ -109,7 +109,7 @@ def measure_result(setup: TrainingSetup) -> LossPair:
             why = f"they are those of {setup.parent.name}"
         text = f"{start} of {len(rows):,} held-out rows were measured: {why}"
         setup.notify(Notice(f"{text} (--eval-rows {len(rows)} measures all)."))
-        evaluation.measure_cached(setup.base, rows[:start], None, lambda: base)  # for `evaluate`
+    evaluation.measure_cached(setup.base, rows[:start], None, lambda: base)  # for `evaluate`
     return base, adapter
 
 
