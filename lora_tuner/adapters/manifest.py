@@ -49,7 +49,7 @@ class EvalResult(_ManifestModel):
 
     `standard_error` is None for a single row or group, where nothing is known about it. Older
     manifests say 0. `groups` is the number of groups, if rows are grouped. `of_rows` is the number
-    of the rows of which these, the first, were enough.
+    of the rows of which these are the first, where not all were measured.
     """
 
     base_loss: float
@@ -72,7 +72,7 @@ class EvalResult(_ManifestModel):
         text = format_rows(self.rows, self.groups)
         if self.of_rows is None:
             return text
-        return text.replace(" row", f" of {self.of_rows:,} row", 1) + ", enough"
+        return "the first " + text.replace(" row", f" of {self.of_rows:,} row", 1)
 
     def format_change(self) -> str:
         """Change of the loss from base to adapter with its standard error; above zero is worse."""

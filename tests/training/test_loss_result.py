@@ -84,10 +84,10 @@ def test_result_equals_evaluate(settings, few_are_enough):
     assert result.standard_error < 0.9 * abs(result.gain)
     text = f"6 of {held_out} held-out rows were measured: the standard error is below 90% of the gain"
     assert [event.text for event in events if isinstance(event, Notice) and event.text.startswith(text)]
-    assert f", 6 of {held_out} rows, enough)" in format_result(result)[0]
+    assert f", the first 6 of {held_out} rows)" in format_result(result)[0]
     card = (adapter.path / CARD_FILE).read_text()
     assert f"; 6 of {held_out} other rows measured it." in card
-    assert f"6 of {held_out} rows, enough, paired)" in card
+    assert f"the first 6 of {held_out} rows, paired)" in card
     ((cell,),) = evaluate([adapter], options=CPU).cells
     assert cell == result.model_copy(update={"of_rows": None})
     ((cell,),) = evaluate([adapter], eval_rows=1000, options=CPU).cells
@@ -110,6 +110,16 @@ def test_rows_grow_until_error_is_small(settings, few_are_enough, monkeypatch):
     assert (result.rows, result.of_rows) == (13, len(rows_of(settings(eval_rows=None))))
     monkeypatch.setattr(loss_result, "is_enough", lambda result: False)
     assert train(settings(eval_rows=None, name="all")).manifest.result.of_rows is None
+
+
+def test_looks_are_cached_as_one(settings, few_are_enough, passes, monkeypatch):
+    """`evaluate` measures nothing again."""
+    monkeypatch.setattr(loss_result, "is_enough", lambda result: False)
+    adapter = train(settings(eval_rows=None))
+    passes.clear()
+    ((cell,),) = evaluate([adapter], options=CPU).cells
+    assert cell == adapter.manifest.result
+    assert passes == []
 
 
 def test_resumed_run_measures_same_rows(settings, few_are_enough, stop_at):
