@@ -28,7 +28,8 @@ def demo(ctx: typer.Context) -> None:
     config = TrainConfig()
     name = adapter_name(config)
     if name not in Library(config.adapters_dir).names():
-        is_unfinished = any(run.name == name for run in unfinished_runs(config.runs_dir))
+        runs = unfinished_runs(config.runs_dir)
+        is_unfinished = any((run.name, run.kind) == (name, "run") for run in runs)
         _run(ctx, "train", *(("--resume", name) if is_unfinished else TRAINING))
     _run(ctx, "compare", PROMPT, "--adapter", name)
 

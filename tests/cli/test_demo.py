@@ -6,6 +6,8 @@ from typer.testing import CliRunner
 from lora_tuner import Library, train
 from lora_tuner.cli import demo
 from lora_tuner.cli.app import app
+from lora_tuner.training.paths import sweep_folder
+from lora_tuner.training.unfinished import SweepState, write_sweep
 
 
 @pytest.fixture
@@ -16,9 +18,9 @@ def run_demo(gpt2, reviews_csv, monkeypatch):
     )
     monkeypatch.setattr(demo, "TRAINING", (*training.split(), "--eval-rows", "4"))
 
-    def run():
+    def run(exit_code=0):
         result = CliRunner().invoke(app, ["demo"], prog_name="cli.py")
-        assert result.exit_code == 0, result.stderr
+        assert result.exit_code == exit_code, result.stderr
         return result
 
     return run
@@ -40,6 +42,15 @@ def test_demo_trains_once_and_compares(run_demo):
         assert "imdb" in shown
         assert shown.count("Acting") == 2
     assert Library().get("imdb").sha256 == adapter.sha256
+
+
+def test_demo_leaves_a_sweep_alone(run_demo, settings):
+    config = settings(name="imdb", max_steps=3)
+    state = SweepState(id="one", trials=[config], facts={}, diverged=[])
+    write_sweep(state, sweep_folder(config.runs_dir, "imdb"))
+    error = run_demo(exit_code=1).stderr
+    assert error.endswith("choose another --name.\n")
+    assert "imdb.sweep is an unfinished sweep of this name: finish or remove it (`runs remove imdb`)" in error
 
 
 def test_demo_resumes_its_unfinished_run(run_demo, settings, stop_at):
