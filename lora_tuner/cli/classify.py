@@ -214,10 +214,16 @@ def _format_rows(table: "Table", results: "dict[int, Classification]", names: Se
             rounded = [round(probability, 6) for probability in result.probabilities.values()]
             values = dict(zip(added, [result.label, *rounded], strict=True))
         if suffix == ".csv":
-            writer.writerow(dict(row) | values)
+            writer.writerow({name: _csv_cell(value) for name, value in row.items()} | values)
         else:
             text.write(json.dumps(json_value(dict(row)) | values, ensure_ascii=False) + "\n")
     return text.getvalue()
+
+
+def _csv_cell(value: object) -> object:
+    from ..data.chat import json_value
+
+    return json.dumps(json_value(value), ensure_ascii=False) if isinstance(value, dict | list) else value
 
 
 def _show_written(output: Path, results: "dict[int, Classification]", *, as_json: bool) -> None:

@@ -143,22 +143,30 @@ def text_columns(info: LabelInfo) -> list[str]:
     return [column for column in read_template(info.template, info.column).columns if column != info.column]
 
 
-def text_values(name: str, info: LabelInfo, text: str) -> dict[str, str]:
-    """Return the values of the columns for a bare text.
+def text_values(name: str, info: LabelInfo, text: str | Mapping[str, str]) -> dict[str, str]:
+    """Return the values of the columns for a bare text, or for what is given of each column.
 
     Args:
         name: of the adapter, for errors.
 
     Raises:
-        RequestError: there is no text, or the template has several columns.
+        RequestError: there is no text, it is bare and the template has several columns, or they are
+            others than those of the template.
     """
     columns = text_columns(info)
-    if len(columns) > 1:
+    if not isinstance(text, str):
+        if {*text} != {*columns}:
+            raise RequestError(
+                f"{name} reads {format_names(columns)}: a text has {format_names(text) or 'nothing'}.", "input"
+            )
+        values = dict(text)
+    elif len(columns) > 1:
         raise RequestError(
             f"{name} tells labels from several columns ({format_names(columns)}): use `classify --file` with a table.",
             "input",
         )
-    values = dict.fromkeys(columns, text)
+    else:
+        values = dict.fromkeys(columns, text)
     if is_empty(info, values):
         raise RequestError("input: a text is empty: give one with a word in it.", "input")
     return values
@@ -277,7 +285,7 @@ def classify(
 
     Raises:
         AdapterError: the adapter tells no labels, or is broken.
-        RequestError: a text is empty, or there are several columns.
+        RequestError: a text is empty, or has other columns than the template.
         GenerationError: the log-probabilities are not finite.
     """
     name, loaded = generator.get_or_load(generator.current_adapter)
@@ -285,7 +293,7 @@ def classify(
         raise AdapterError(f"{name or 'The base'} {NO_LABELS}")
     info, found = loaded.labels, dict[int, Classification]()
     prompts = LabelPrompts(name, info, generator.tokenizer_of(name), generator.base.max_context)
-    rows = [text_values(name, info, text) if isinstance(text, str) else text for text in texts]
+    rows = [text_values(name, info, text) for text in texts]
     prefixes = [prompts.encode(values) for values in rows]
     for batch in batches(prefixes):
         logprobs = score_texts(

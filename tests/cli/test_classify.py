@@ -91,6 +91,15 @@ def test_table_comes_back_with_labels(classify, suffix):
     assert float(rows[2]["probability_good"]) == pytest.approx(alone["probabilities"]["good"], abs=1e-4)
 
 
+def test_nested_values_stay_json(classify, tmp_path):
+    source = {"text": "so", "tags": ["a", {"é": None, "n": 1}]}
+    (tmp_path / "nested.jsonl").write_text(json.dumps(source))
+    classify("--file", "nested.jsonl", "--output", "told.csv")
+    with Path("told.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert json.loads(row["tags"]) == ["a", {"n": 1}]
+
+
 def test_text_file_has_a_text_per_line(classify, tmp_path):
     (tmp_path / "new.txt").write_text("so, what\nthe film\n")
     facts = json.loads(classify("--file", "new.txt", "--json").stdout)

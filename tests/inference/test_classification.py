@@ -142,6 +142,16 @@ def test_unfit_input_is_named():
     several = label_info(template="{title}\n{text}\n\nLabel: {label}")
     with pytest.raises(RequestError, match=r"a tells labels from several columns \(title, text\)"):
         classification.text_values("a", several, "so")
+    given = {"title": "", "text": "so"}
+    assert classification.text_values("a", several, given) == given
+    for text, message in (
+        ({"text": "so"}, "a reads title, text: a text has text."),
+        (given | {"body": "so"}, "a reads title, text: a text has title, text, body."),
+        ({}, "a reads title, text: a text has nothing."),
+        ({"title": " ", "text": ""}, "a text is empty"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            classification.text_values("a", several, text)
 
 
 def test_adapter_without_labels_is_refused():
