@@ -35,7 +35,7 @@ CONTROL_CHARACTERS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udf
 
 def as_typed(text: str) -> str:
     """Return a text whose commands begin as this process did: a wheel has no cli.py."""
-    return text.replace(PROGRAM, SCRIPT) if Path(sys.argv[0]).stem == SCRIPT else text
+    return text.replace(PROGRAM, SCRIPT) if Path(*sys.argv[:1]).stem == SCRIPT else text
 
 
 def display_name(name: str) -> str:

@@ -42,7 +42,7 @@ from ..inference.sampling import choose_seed, sequence_seed
 from ..models import lora
 from ..models.layers import layer_sizes
 from ..models.memory import free_memory
-from ..text import display_name
+from ..text import as_typed, display_name
 from .prompts import Prompt, PromptEncoder, prompt_size
 from .scheduler import Request, Scheduler
 from .tools import ToolUse
@@ -253,7 +253,8 @@ class ModelService:
         return copies[lora]
 
     def hide_paths(self, text: str) -> str:
-        """Remove the folders of this machine from a message."""
+        """Remove the folders of this machine from a message, whose commands begin as typed."""
+        text = as_typed(text)
         for folder in (self.generator.library.path, *(path.parent for path in self.only.values())):
             text = text.replace(f"{folder}{os.sep}", "")
         return _FOLDER_PATHS.sub("", text.replace(self.base.files.name, self.name))

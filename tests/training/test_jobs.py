@@ -191,6 +191,12 @@ def says(monkeypatch):
     return set_code
 
 
+def test_job_names_the_called_program(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/lora-tuner", "serve"])
+    done = subprocess.run(jobs.command_line("train", "--bogus"), capture_output=True, text=True)
+    assert done.stderr.endswith(" See lora-tuner train --help.\n")
+
+
 def ended(name="reviews"):
     return wait_for(lambda: not (job := find_job(name, RUNS)).state.is_alive and job)
 

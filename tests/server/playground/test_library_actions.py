@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -289,6 +290,13 @@ def test_uploaded_files_of_stranger_are_adopted(actions, library, upload):
     assert sorted(files_of(library / "foreign")) == [
         "README__md", "adapter_config__json", "adapter_model__safetensors", "manifest__json",
     ]  # fmt: skip
+
+
+def test_messages_name_the_called_program(actions, monkeypatch):
+    message = "merge it (`python cli.py merge c`)"
+    assert actions.service.hide_paths(message) == message
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/lora-tuner", "serve"])
+    assert actions.service.hide_paths(message) == "merge it (`lora-tuner merge c`)"
 
 
 def test_uploads_that_are_no_adapter_are_refused(actions, library, upload, gpt2, tmp_path):
