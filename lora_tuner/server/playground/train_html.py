@@ -7,6 +7,7 @@ from markupsafe import Markup
 from ...adapters.plots import AverageLoss
 from ...adapters.samples import Sample
 from ...analysis.lengths import describe_span
+from ...config import TrainConfig
 from ...text import (
     describe_coverage,
     display_name,
@@ -103,14 +104,14 @@ def busy(text: str) -> Markup:
 # Rows as the model sees them
 
 
-def preview(data: Json, max_length: int) -> Markup:
+def preview(data: Json, config: TrainConfig) -> Markup:
     """Show what `train --preview --json` says."""
     has_marks = any(not part["is_learned"] for row in data["rows"] for part in row["parts"])
     marks = "What is marked is learned; the rest is context." if has_marks else "All of the text is learned."
     unit = "row"
     if any(row["side"] for row in data["rows"]):
         marks, unit = "What is marked is compared; the rest is context.", "answer"
-    rows = Markup("").join(_row(row, max_length) for row in data["rows"])
+    rows = Markup("").join(_row(row, config) for row in data["rows"])
     return Markup("{}{}{}{}").format(
         html.note(f"The first of {format_count(data['train_rows'], unit)} to train on. {marks}"),
         Markup('<div class="rows">{}</div>').format(rows),
@@ -119,7 +120,7 @@ def preview(data: Json, max_length: int) -> Markup:
     )
 
 
-def _row(row: Json, max_length: int) -> Markup:
+def _row(row: Json, config: TrainConfig) -> Markup:
     parts = Markup("").join(
         Markup("<p>{}<{tag}>{}</{tag}></p>").format(
             Markup("<b>{}</b> ").format(part["role"]) if part["role"] else "",
@@ -131,9 +132,10 @@ def _row(row: Json, max_length: int) -> Markup:
     use = "compared" if row["side"] else "learned"
     facts = [f"{format_count(len(row['tokens']), 'token')}, {sum(row['labels']):,} {use}"]
     if row["cut_tokens"]:
-        facts.append(f"Max length {max_length} cuts {row['cut_tokens']:,} behind them")
+        place = "in the middle" if config.label_column else "behind them"
+        facts.append(f"Max length {config.max_length} cuts {row['cut_tokens']:,} {place}")
     if row["pieces"] > 1:
-        facts.append(f"in {row['pieces']} rows of at most {max_length}")
+        facts.append(f"in {row['pieces']} rows of at most {config.max_length}")
     tokens = Markup("").join(
         Markup('<span class="{}">{}</span>').format("learned" if learned else "context", _text(token))
         for token, learned in list(zip(row["tokens"], row["labels"], strict=True))[:MAX_TEXT]

@@ -198,7 +198,7 @@ class TrainTab(PageTab):
                         if name == "report":
                             outputs[name] = train_html.data_report(page.read_text(encoding="utf-8"))
                         elif name == "preview":
-                            outputs[name] = train_html.preview(result, config.max_length)
+                            outputs[name] = train_html.preview(result, config)
                         else:
                             outputs[name] = train_html.plan(result)
             yield ["", gr.update(visible=False), *outputs.values(), *controls]

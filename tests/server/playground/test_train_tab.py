@@ -271,13 +271,15 @@ def test_preview_escapes_rows():
         "dropped": [],
         "sample_prompts": ["<i>"],
     }
-    shown = train_html.preview(data, 16)
+    shown = train_html.preview(data, TrainConfig(max_length=16))
     assert "<script>" not in shown
     assert "<span>&lt;script&gt;x&lt;/script&gt;\u21b5\nso</span>" in shown
     assert "<li>&lt;i&gt;</li>" in shown
     assert "Max length 16 cuts 3 behind them" in shown
     assert "What is marked is learned" in shown
-    shown = train_html.preview(data | {"rows": [row | {"side": "<chosen>"}]}, 16)
+    labels = TrainConfig(max_length=16, label_column="label")
+    assert "Max length 16 cuts 3 in the middle" in train_html.preview(data, labels)
+    shown = train_html.preview(data | {"rows": [row | {"side": "<chosen>"}]}, TrainConfig())
     assert "<h3>Row 1, &lt;chosen&gt;</h3>" in shown
     assert "What is marked is compared" in shown
 
