@@ -12,6 +12,8 @@ from .. import evaluation
 from ..adapters.gains import HeldOutLoss, LossPair, paired_gain
 from ..adapters.manifest import EvalResult
 from ..adapters.preference_info import PairedFigure, PairsByLength, PreferenceInfo
+from ..errors import DivergedError
+from .advice import lower_rate
 from .loss_result import measure_pair
 from .objectives import PreferenceObjective
 from .reference import measure_reference
@@ -51,9 +53,18 @@ def measure_after(
     Returns:
         The figures, the change on the chosen answers from the reference to the adapter, and the
         adapter's loss on the rejected ones.
+
+    Raises:
+        DivergedError: that is not finite.
     """
     rejected = measure_pair(setup, setup.rejected, setup.notify)
     evaluation.check_base_loss(setup.base, rejected[0])
+    if not math.isfinite(loss := rejected[1].loss):
+        lower = lower_rate(setup.learning_rate, 10, setup.method)
+        raise DivergedError(
+            f"The held-out loss of the rejected answers is {loss}. Try a lower learning rate than "
+            f"{setup.learning_rate:g}, such as {lower:g} (--learning-rate)."
+        )
     base, adapter = (HeldOutSides(*sides) for sides in zip(chosen, rejected, strict=True))
     reference = reference or base
     info = compare_sides(setup, base, reference, adapter)

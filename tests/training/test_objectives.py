@@ -20,7 +20,7 @@ from lora_tuner.adapters.manifest import EvalResult
 from lora_tuner.adapters.preference_info import PairedFigure, PreferenceInfo
 from lora_tuner.config import DEFAULT_BETA
 from lora_tuner.data.packing import PackedSequences, collate
-from lora_tuner.errors import TrainingError
+from lora_tuner.errors import DivergedError, TrainingError
 from lora_tuner.models import lora
 from lora_tuner.training import objectives, preference_result, reference, sweep, sweep_result
 from lora_tuner.training.learning_rate import RATE_SHARES
@@ -307,6 +307,18 @@ def test_gain_is_of_chosen_answers(preferring):
     assert len(rows) == adapter.manifest.preference.rows
     ((cell,),) = evaluation.evaluate([adapter]).cells
     assert cell == adapter.manifest.result
+
+
+def test_rejected_answers_may_diverge(preferring, monkeypatch):
+    measure = preference_result.measure_pair
+
+    def damaged(*arguments):
+        base, adapter = measure(*arguments)
+        return base, replace(adapter, nll=[math.nan] * len(adapter.nll))
+
+    monkeypatch.setattr(preference_result, "measure_pair", damaged)
+    with pytest.raises(DivergedError, match=r"of the rejected answers is nan\. Try a lower learning rate than"):
+        train(preferring(max_steps=2))
 
 
 def test_plan_tells_time_of_reference(preferring, monkeypatch):
