@@ -89,7 +89,7 @@ def _describe(config: TrainConfig, counts: dict[str, int]) -> list[str]:
     shown = [f"{label} {count:,}" for label, count in [*counts.items()][:_SHOWN_LABELS]]
     rest = f" and {len(counts) - _SHOWN_LABELS} other labels" if len(counts) > _SHOWN_LABELS else ""
     lines = [f"Labels{stream}: {', '.join(shown)}{rest}."]
-    for label in counts:
+    for label in counts if len(counts) > 2 else ():  # without it two are left
         if label not in config.labels and fold_name(label) in _LIKE_NOTHING:
             others = ",".join(name for name in counts if name != label)
             advice = (

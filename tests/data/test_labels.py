@@ -234,8 +234,10 @@ def test_imbalance_is_said(load):
 def test_name_of_nothing_is_said(load, name):
     load("a.csv", labelled("a", "b", name), **LABEL)
     assert f"If {name} means that a row has no label, --labels a,b leaves out such rows." in load.notices
-    load("a.csv", labelled("a", "b", name), **LABEL, labels=["a", "b", name])
-    assert not any(" means that a row has no label" in text for text in load.notices)
+    # The other one of two would be refused alone.
+    for content, named in ((labelled("a", "b", name), ["a", "b", name]), (labelled("a", name), [])):
+        load("a.csv", content, **LABEL, labels=named)
+        assert not any(" means that a row has no label" in text for text in load.notices)
 
 
 def test_balance_repeats_rows_evenly():
