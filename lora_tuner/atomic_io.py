@@ -29,8 +29,7 @@ from .errors import ConfigError, EventHandler, Notice, ignore_events
 if sys.platform != "win32":
     import fcntl
 
-# Specific: files of others are never deleted.
-_OLD_SUFFIX, WORK_SUFFIX = ".lora_tuner-old", ".lora_tuner-new"
+_OLD_SUFFIX, WORK_SUFFIX = ".lora_tuner-old", ".lora_tuner-new"  # no file of others has these
 HASHES_FILE = "whole.json"  # in a folder: sha256 of each of its other files
 _LONG_NAME = "x" * 120  # as long as what is written below a folder
 _ABANDONED_SECONDS = 24 * 3600.0  # age at which work counts as abandoned where there are no locks
