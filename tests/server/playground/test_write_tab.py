@@ -31,13 +31,14 @@ from .browser import (
 
 
 @pytest.mark.slow
-def test_generate_tab_equals_generate_batch(visit, generator):
+def test_generate_tab_equals_generate_batch(visit, served, generator):
     page = visit()
     prompt_of(page).fill(PROMPT)
     set_greedy(page, 110)
     watch_text(page)
-    generate(page)
-    wait_for_outputs(page)
+    with served.held_steps(0.03):  # else the texts may be there before the page is drawn
+        generate(page)
+        wait_for_outputs(page)
     expected = generator.generate_batch(
         [(PROMPT, None), (PROMPT, "noir"), (PROMPT, "verse")],
         SamplingParams(greedy=True, max_new_tokens=110),
