@@ -235,11 +235,9 @@ def _start(run_folder: Path, arguments: list[str], settings: str | None = None) 
 
 
 def command_line(*arguments: str) -> list[str]:
-    """Return the command line of a process with the modules of this one, wherever they are; its
-    messages name commands as those of this one do."""
-    code = f"import sys; sys.path[:] = {sys.path!r}; sys.argv[0] = {sys.argv[0]!r}"
-    code += "; from lora_tuner.cli.app import app; app(prog_name='cli.py')"
-    return [sys.executable, "-P", "-c", code, *arguments]
+    """Return the command line of a process with the modules of this one, and its name in messages."""
+    code = f"import sys; sys.path[:], sys.argv[0] = {(sys.path, sys.argv[0])!r}; from lora_tuner.cli import app"
+    return [sys.executable, "-P", "-c", f"{code}; app.app(prog_name='cli.py')", *arguments]
 
 
 @contextlib.contextmanager
