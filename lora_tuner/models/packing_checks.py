@@ -24,9 +24,9 @@ from .loading import LoadedBase
 
 @dataclass(frozen=True)
 class FastPaths:
-    """How packed rows are computed: with what they would give alone (`isolated`), each attending to
-    itself alone by `cu_seq_lens_q` (`varlen_attention`), with fused blocks (`kernels`, their
-    build)."""
+    """Fast paths that a model takes for packed rows: rows give what they would give alone
+    (`isolated`), each attends to itself alone by `cu_seq_lens_q` (`varlen_attention`), blocks are
+    fused (`kernels`, their build)."""
 
     isolated: bool
     varlen_attention: bool

@@ -57,7 +57,7 @@ class JobState(StrEnum):
 
     @property
     def is_alive(self) -> bool:
-        """Whether it has a process."""
+        """True while it has a process."""
         return self in (JobState.WAITING, JobState.STARTING, JobState.RUNNING, JobState.PAUSED)
 
 

@@ -51,7 +51,7 @@ class StepProfile:
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """What a run will cost, from a few real steps. Seconds, bytes, counts.
+    """Costs of a run, estimated from a few real steps: seconds, bytes, counts.
 
     `probe_steps` are those that a probe of the learning rate costs at most, before the run, and
     `reference_seconds` what the reference log-probabilities of preferences cost.
