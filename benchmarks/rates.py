@@ -28,7 +28,7 @@ from .methods import REVIEWS, program_code
 
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 LENGTHS, HELD_OUT = (25, 100), 200
-DEFAULT = "default"
+BASE, DEFAULT = "base", "default"
 RESULTS = Path("rates.jsonl")
 Losses = dict[float | str, list[HeldOutLoss]]  # of each rate, for each seed
 
@@ -47,26 +47,24 @@ def run(rounds: int) -> list[Figure]:
 
 
 def _measure(name: str, settings: dict[str, Any], seeds: int) -> dict[int, Losses]:
-    """Return the losses of each length of run, with those of the base at rate 0."""
+    """Return the losses of each length of run, with those of the base, which no seed changes."""
     losses: dict[int, Losses] = {steps: {} for steps in LENGTHS}
     done = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     known = {tuple(entry["run"]): HeldOutLoss(**entry["loss"]) for entry in done}
     for seed in range(seeds):
         inputs: TrainingInputs | None = None
         for steps in LENGTHS:
-            for rate in (0.0, *RATES, DEFAULT):
-                key = (name, seed, steps, rate)
+            for rate in (BASE, DEFAULT, *RATES):
+                key = (name, 0, 0, BASE) if rate == BASE else (name, seed, steps, rate)
                 if key not in known:
-                    settings |= {"max_steps": steps, "seed": seed, "learning_rate": rate or RATES[0]}
-                    if rate == DEFAULT:
-                        del settings["learning_rate"]
-                    config = TrainConfig.model_validate(settings)
+                    settings |= {"max_steps": steps, "seed": seed}
+                    given = {"learning_rate": rate} if rate in RATES else {}
+                    config = TrainConfig.model_validate(settings | given)
                     inputs = inputs or load_inputs(config, ignore_events)
-                    known[key] = _train(config, inputs, is_base=rate == 0.0)
+                    known[key] = _train(config, inputs, is_base=rate == BASE)
+                    entry = {"run": key, "loss": asdict(replace(known[key], tokens=[]))}
                     with RESULTS.open("a") as file:
-                        file.write(
-                            json.dumps({"run": key, "loss": asdict(replace(known[key], tokens=[]))}) + "\n"
-                        )
+                        file.write(json.dumps(entry) + "\n")
                     print(*key, known[key].loss, file=sys.stderr, flush=True)
                 losses[steps].setdefault(rate, []).append(known[key])
     return losses
@@ -89,7 +87,7 @@ def _train(config: TrainConfig, inputs: TrainingInputs, *, is_base: bool) -> Hel
 def _compare(name: str, losses: Losses) -> Figure:
     """Return the share of the best rate's gain that the default has, with both in the note."""
     mean = {rate: statistics.fmean(loss.loss for loss in runs) for rate, runs in losses.items()}
-    gains = {rate: mean[0.0] - loss for rate, loss in mean.items() if rate != 0.0}
+    gains = {rate: mean[BASE] - loss for rate, loss in mean.items() if rate != BASE}
     best = max(RATES, key=lambda rate: gains[rate])
     gaps = [paired_gain(*pair) for pair in zip(losses[DEFAULT], losses[best], strict=True)]
     # Rows are the same for all seeds, so their errors do not average out.
