@@ -1,6 +1,6 @@
-"""Near copies: found and false ones among real reviews, time, and memory.
+"""Near duplicates: found and false ones among real reviews, time, and memory.
 
-`python -m benchmarks.near_duplicates FILE [REVIEWS COPIES]` writes 5,000 reviews and near copies of 500
+`python -m benchmarks.near_duplicates FILE [REVIEWS COPIES]` writes 5,000 reviews and near duplicates of 500
 of them, for a training with `--near-duplicates drop` and one with `keep`.
 """
 
@@ -36,7 +36,7 @@ def run(rounds: int) -> list[Figure]:
 
 
 def _found(reviews: list[str]) -> list[Figure]:
-    """Measure the share of near copies of each kind that are found, and of other rows that are taken for some."""
+    """Measure the share of near duplicates of each kind that are found, and of other rows that are taken for some."""
     draw = random.Random(0)
     rows = draw.sample(reviews, REVIEWS)
     index = NearDuplicates(rows)
@@ -62,7 +62,7 @@ def _speed(train: list[str], held_out: list[str]) -> list[Figure]:
 
 
 def _million_rows() -> list[Figure]:
-    """Measure a million short rows: read, cleaned, deduplicated, split, and without near copies."""
+    """Measure a million short rows: read, cleaned, deduplicated, split, and without near duplicates."""
     with tempfile.TemporaryDirectory() as folder:
         path, generator = Path(folder, "rows.jsonl"), np.random.default_rng(0)
         with path.open("w", encoding="utf-8") as file:
@@ -78,8 +78,8 @@ def _million_rows() -> list[Figure]:
     note = f"{ROWS:,} rows of {ROW_WORDS} words"
     return [
         figure("read, cleaned, deduplicated, split: peak memory", peak / 1e6, "MB", note),
-        figure("without near copies", ROWS / (seconds - near_seconds), "rows/s", "of one core"),
-        figure("with near copies", ROWS / seconds, "rows/s", "of one core"),
+        figure("without near duplicates", ROWS / (seconds - near_seconds), "rows/s", "of one core"),
+        figure("with near duplicates", ROWS / seconds, "rows/s", "of one core"),
     ]
 
 
@@ -155,7 +155,7 @@ EDITS: dict[str, Edit] = {
 
 
 def main() -> None:
-    """Write reviews, and near copies of some of them of all kinds in turn, to the file of the argument."""
+    """Write reviews, and near duplicates of some of them of all kinds in turn, to the file of the argument."""
     path, *counts = sys.argv[1:]
     reviews, copied = map(int, counts or (REVIEWS, COPIES))
     draw = random.Random(0)

@@ -127,7 +127,7 @@ def measuring(adapters: list[Adapter]) -> None:
                 assert_type((cell.loss, cell.gain, cell.perplexities), tuple[float, float, tuple[float, float]])
     matrix.plot(Path("gains.png"))
     assert_type(matrix.to_dict(), dict[str, object])
-    report = make_report(adapters[0], skip=["memory"])
+    report = make_report(adapters[0], skip=["memorization"])
     assert_type(report, Report)
     assert_type((report.adapter, report.seconds, report.missing), tuple[str, float, dict[str, str]])
 

@@ -5,9 +5,9 @@ The file is optional. It counts only for the weights that it was measured on, an
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ..errors import AdapterError
 from ..text import one_line
@@ -15,7 +15,12 @@ from .manifest import Digest, EvalResult
 from .safetensors_header import read_json
 
 REPORT_FILE = "report.json"
-TITLES = {"style": "Style", "memory": "Memory", "forgetting": "Forgetting", "growth": "More data"}
+TITLES = {"style": "Style", "memorization": "Memorization", "forgetting": "Forgetting", "growth": "More data"}
+_OLD_KEYS = {  # of reports that exist
+    "memory": "memorization",
+    "near_copies": "near_duplicates",
+    "near_copies_verbatim": "near_duplicates_verbatim",
+}
 CARD_HEADING = "## What it learned"
 Sentences = Annotated[list[Annotated[str, Field(max_length=1_000)]], Field(min_length=1, max_length=10)]
 PValue = Annotated[float, Field(ge=0, le=1)]
@@ -27,6 +32,15 @@ Quantity = Literal["rows", "steps", "rank", "rows and steps"]
 
 class _Model(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Refuses unknown fields and numbers that are not finite."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename_old_keys(cls, values: Any) -> Any:
+        return (
+            {_OLD_KEYS.get(key, key): value for key, value in values.items()}
+            if isinstance(values, dict)
+            else values
+        )
 
 
 class _Figures(_Model):
@@ -88,7 +102,7 @@ class MemorizationFigures(_Figures):
 
     `excess` is the gain on training rows minus that on unseen ones. The p-values are one-sided, and None
     where nothing follows from a difference: rows are too few, or `unequal` says what else differs.
-    `memorized` counts the training rows that are known by heart. `near_copies` rows
+    `memorized` counts the training rows that are known by heart. `near_duplicates` rows
     are in no test; of these so many of training are continued verbatim. `groups` is the number of groups,
     if rows are grouped.
     """
@@ -102,8 +116,8 @@ class MemorizationFigures(_Figures):
     excess_p: float | None
     memorized: int
     groups: int | None
-    near_copies: int
-    near_copies_verbatim: int
+    near_duplicates: int
+    near_duplicates_verbatim: int
     unequal: Annotated[str, Field(max_length=300)] | None
 
 
@@ -152,7 +166,7 @@ class AdapterReport(_Model):
     created: str
     weights: Digest
     style: StyleFigures | None = None
-    memory: MemorizationFigures | None = None
+    memorization: MemorizationFigures | None = None
     forgetting: ForgettingFigures | None = None
     growth: GrowthFigures | None = None
 

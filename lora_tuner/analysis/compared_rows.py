@@ -8,7 +8,7 @@ What would break that is undone by rules that do not look at the side of a row:
 - A run of less than an epoch sees a row of several chunks more often than one of a single chunk,
   and rows of one length together, as they are packed: then rows of a single chunk are compared,
   and exchanged with rows of about their length.
-- Training leaves out near copies of held-out rows: rows with a near copy are not compared.
+- Training leaves out near duplicates of held-out rows: rows with a near duplicate are not compared.
 - Datasets may have other shares in training: rows are exchanged within a dataset.
 
 Other data to measure on, and blocks of a text, are not chosen by a hash: `unequal` says so.
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 MAX_TRAINING_ROWS, MAX_UNSEEN_ROWS, MAX_UNIT_ROWS = 128, 256, 16
 _MAX_ENCODED = 1_024  # training rows whose length is looked at
 _LENGTHS = 5  # classes of rows by their length, if a run has seen a part of an epoch
-_BATCH = 10_000  # rows that are compared at once, to find near copies
+_BATCH = 10_000  # rows that are compared at once, to find near duplicates
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ _Sides = tuple[list[_Part], list[_Part]]  # of training, and unseen
 def choose_rows(subject: ReportSubject, tokenizer: "PreTrainedTokenizerBase") -> ComparedRows:
     """Choose up to 128 rows that the run has seen, and up to 256 held-out ones.
 
-    Price: the data is read once more, for the places and groups of its rows, and for near copies.
+    Price: the data is read once more, for the places and groups of its rows, and for near duplicates.
 
     Raises:
         DataError: the rows of either kind are unknown, or too few.
@@ -140,7 +140,7 @@ def choose_rows(subject: ReportSubject, tokenizer: "PreTrainedTokenizerBase") ->
         for part in side
     ]
     if not unequal and min(_count_units(rows, is_train=side) for side in (True, False)) < 2:
-        unequal = "nearly all rows have near copies, or are of one group"
+        unequal = "nearly all rows have near duplicates, or are of one group"
     is_cut = any(_is_truncated(text, config) for text in subject.train_texts)
     seen_tokens = min(HELD_OUT_MAX_TOKENS, config.max_length) if is_cut else HELD_OUT_MAX_TOKENS
     return ComparedRows(rows, unequal, seen_tokens)
@@ -308,10 +308,10 @@ def _count_copies(chosen: Sequence[_Part], parts: Sequence[_Part], notify: Event
         for text, matches in zip(batch, index.find_all(batch), strict=True):
             copied = [compared[match] for match in matches]
             copies.update(other for other in copied if units[other] != units[text])
-        notify(Progress("near copies of compared rows", first + len(batch), len(texts)))
+        notify(Progress("near duplicates of compared rows", first + len(batch), len(texts)))
     return copies
 
 
 def _count_units(rows: Sequence[ComparedRow], *, is_train: bool) -> int:
-    """Count the units of a side that have a row without near copies."""
+    """Count the units of a side that have a row without near duplicates."""
     return len({row.unit for row in rows if row.is_train is is_train and not row.copies})

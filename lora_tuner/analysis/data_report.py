@@ -1,4 +1,4 @@
-"""Report on a dataset before training: counts, lengths, near-copies, languages, personal data, trouble.
+"""Report on a dataset before training: counts, lengths, near duplicates, languages, personal data, trouble.
 
 The counts are of all rows, as training counts them. The rest is of at most `SAMPLE_ROWS` rows,
 those that `--max-rows` would take. All text in a report is an excerpt with its personal data
@@ -41,7 +41,7 @@ class Invalid:
 
 
 @dataclass(frozen=True)
-class NearCopies:
+class NearDuplicates:
     """Clusters of rows that are nearly copies of one another.
 
     `rows` are in clusters; `spare_rows` would go if each cluster kept one row.
@@ -99,7 +99,7 @@ class DataReport:
     long_rows: int
     short: list[Example]
     short_rows: int
-    near_copies: NearCopies
+    near_duplicates: NearDuplicates
     languages: list[Language] | None
     personal_data: list[PersonalData]
     personal_rows: int
@@ -172,7 +172,7 @@ def make_report(
         long_rows=len(long),
         short=examples(short),
         short_rows=len(short),
-        near_copies=_find_near_copies(rows, excerpts, notify),
+        near_duplicates=_find_near_duplicates(rows, excerpts, notify),
         languages=texts.languages,
         personal_data=texts.personal_data,
         personal_rows=texts.personal_rows,
@@ -206,7 +206,7 @@ def _find_dropped(config: TrainConfig, dataset: Dataset, excerpts: Excerpts) -> 
 
 
 def _load(config: TrainConfig, excerpts: Excerpts, hints: list[str], notify: EventHandler) -> Dataset:
-    """Load the rows as training does; with their near-copies, if training stops without these."""
+    """Load the rows as training does; with their near duplicates, if training stops without these."""
     try:
         return load_dataset(config, notify)
     except DataError as error:
@@ -320,14 +320,14 @@ def _tokenize(
     return total
 
 
-# Near-copies
+# Near duplicates
 
 
-def _find_near_copies(rows: Sequence[SampledRow], excerpts: Excerpts, notify: EventHandler) -> NearCopies:
-    notify(Progress("near-copies", 0, 1))
+def _find_near_duplicates(rows: Sequence[SampledRow], excerpts: Excerpts, notify: EventHandler) -> NearDuplicates:
+    notify(Progress("near duplicates", 0, 1))
     found = clusters([row.text for row in rows])
-    notify(Progress("near-copies", 1, 1))
-    return NearCopies(
+    notify(Progress("near duplicates", 1, 1))
+    return NearDuplicates(
         clusters=len(found),
         rows=sum(map(len, found)),
         spare_rows=sum(map(len, found)) - len(found),

@@ -1,4 +1,4 @@
-"""Show how much of a gain comes from held-out rows that have a near copy among the training rows.
+"""Show how much of a gain comes from held-out rows that have a near duplicate among the training rows.
 
 For adapters of before `near_duplicates`, or trained with `keep`. The training rows are read again
 from the dataset that run.yaml names, and compared as training would (data/near_duplicates.py).
@@ -31,7 +31,7 @@ _STREAM_BATCH = 10_000  # rows of a stream that are compared at once
 
 @dataclass(frozen=True)
 class Leak:
-    """Gain of an adapter on its held-out rows, and on those with and without a near copy in training.
+    """Gain of an adapter on its held-out rows, and on those with and without a near duplicate in training.
 
     A part is None without rows. `training_rows` were compared, and `copies` of them nearly copy a
     measured row. `share` is the part of the gain that comes from rows with a copy; None if there is
@@ -92,10 +92,10 @@ def measure_leak(
 
 
 def _compare(adapter: Adapter, rows: EvalSet, notify: EventHandler) -> tuple[Leak, set[str]]:
-    """Return the counts of training rows, and the measured rows that have a near copy among them."""
+    """Return the counts of training rows, and the measured rows that have a near duplicate among them."""
     config = config_of_run(adapter)
     if config.streaming and config.near_duplicates == "drop":
-        raise DataError("near copies of its measured rows were left out of the stream in training")
+        raise DataError("near duplicates of its measured rows were left out of the stream in training")
     notify(Progress(f"training rows of {adapter.name}", 0, 1))
     measured = {*rows.texts}
     if config.streaming:

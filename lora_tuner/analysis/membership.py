@@ -54,7 +54,7 @@ def find_known_rows(
 ) -> KnownRows:
     """Test rows that chance alone has divided into training rows and unseen ones.
 
-    Rows with near copies are left out.
+    Rows with near duplicates are left out.
 
     Args:
         verbatim: whether each row is continued verbatim; None for one that was not continued.

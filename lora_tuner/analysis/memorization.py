@@ -182,8 +182,8 @@ def summarize(
         verbatim_p=known.verbatim_p,
         memorized=len(memorized),
         groups=units if units < len(rows) else None,
-        near_copies=sum(bool(row.copies) for row in rows),
-        near_copies_verbatim=sum(bool(verbatim[number]) for number in copied),
+        near_duplicates=sum(bool(row.copies) for row in rows),
+        near_duplicates_verbatim=sum(bool(verbatim[number]) for number in copied),
         unequal=unequal,
     )
     figures = figures.model_copy(update={"sentences": _sentences(figures)})
@@ -278,7 +278,7 @@ def _sentences(figures: MemorizationFigures) -> list[str]:
         second = f"{gain} (p = {figures.excess_p:.2g}): {effect}."
     else:
         second = f"{gain} (p = {figures.excess_p:.2g}): no sign that it knows single rows."
-    if not figures.near_copies_verbatim:
+    if not figures.near_duplicates_verbatim:
         return [first, second]
-    copied = format_count(figures.near_copies_verbatim, "training row")
-    return [first, second, f"{copied} with near copies, which are in no test, too: {copies}."]
+    copied = format_count(figures.near_duplicates_verbatim, "training row")
+    return [first, second, f"{copied} with near duplicates, which are in no test, too: {copies}."]

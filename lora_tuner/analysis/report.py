@@ -1,4 +1,4 @@
-"""Report on what an adapter has learned: style, memory, forgetting, and what more data would bring.
+"""Report on what an adapter has learned: style, memorization, forgetting, and what more data would bring.
 
 One base at a time is in memory: the one that generates writes all texts, then that of training
 measures losses. Texts and losses are kept in the user's cache, so that a report that was
@@ -62,7 +62,7 @@ class Report:
     base: str
     weights: str
     style: StyleReport | None = None
-    memory: MemorizationReport | None = None
+    memorization: MemorizationReport | None = None
     forgetting: ForgettingReport | None = None
     growth: GrowthFigures | None = None
     missing: dict[str, str] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Report:
             created=utc_timestamp(),
             weights=self.weights,
             style=self.style and self.style.figures,
-            memory=self.memory and self.memory.figures,
+            memorization=self.memorization and self.memorization.figures,
             forgetting=self.forgetting and self.forgetting.figures,
             growth=self.growth,
         )
@@ -87,7 +87,7 @@ class Report:
             "base": self.base,
             "weights": self.weights,
             "style": self.style and self.style.to_dict(),
-            "memory": self.memory and self.memory.to_dict(),
+            "memorization": self.memorization and self.memorization.to_dict(),
             "forgetting": self.forgetting and self.forgetting.to_dict(),
             "growth": self.growth and self.growth.model_dump(),
             "missing": self.missing,
@@ -119,21 +119,21 @@ def make_report(
     start, parts = time.monotonic(), _Parts(skip)
     subject, texts, continuations = load_subject(adapter, None, options), None, None
     if adapter.manifest.labels is not None:
-        parts.leave_out(("style", "memory"), LEARNS_LABELS)
+        parts.leave_out(("style", "memorization"), LEARNS_LABELS)
     elif subject.held_out.missing:
-        parts.leave_out(("style", "memory"), subject.held_out.missing)
-    if has_texts := parts.has("style", "memory"):
+        parts.leave_out(("style", "memorization"), subject.held_out.missing)
+    if has_texts := parts.has("style", "memorization"):
         generator = Generator(adapter.path, options=options, adapters_dir=adapter.path.parent)
         parts.tell_time(estimate_seconds(adapter, measure_pace(generator), guards), options.notify)
         subject = load_subject(adapter, generator, options)
         texts = parts.measure("style", style.write_texts, subject, generator)
-        continuations = parts.measure("memory", memorization.continue_rows, subject, generator)
+        continuations = parts.measure("memorization", memorization.continue_rows, subject, generator)
         del generator
         gc.collect()  # before there is another base
     of_style: StyleReport | None = None
-    of_memory: MemorizationReport | None = None
+    of_memorization: MemorizationReport | None = None
     of_forgetting: ForgettingReport | None = None
-    if parts.has("style", "memory", "forgetting"):
+    if parts.has("style", "memorization", "forgetting"):
         base = evaluation.open_base_of([adapter], options)
         lora.check_base(adapter, base, options)
         if not has_texts:
@@ -143,7 +143,9 @@ def make_report(
             of_style = parts.measure("style", style.measure_style, subject, texts, base)
             of_style = of_style and mask_examples(of_style)
         if continuations is not None:
-            of_memory = parts.measure("memory", memorization.measure_memorization, subject, continuations, base)
+            of_memorization = parts.measure(
+                "memorization", memorization.measure_memorization, subject, continuations, base
+            )
         of_forgetting = parts.measure("forgetting", forgetting.measure_forgetting, subject, base, guards)
     growth = parts.measure("growth", _find_growth, adapter)
     seconds = time.monotonic() - start
@@ -153,7 +155,7 @@ def make_report(
         base_name,
         adapter.sha256,
         of_style,
-        of_memory,
+        of_memorization,
         of_forgetting,
         growth,
         parts.missing,
@@ -238,18 +240,18 @@ def _style_contents(report: Report) -> _Contents:
     return report.style.notes, report.style.tables, texts
 
 
-def _memory_contents(report: Report) -> _Contents:
-    assert report.memory is not None
+def _memorization_contents(report: Report) -> _Contents:
+    assert report.memorization is not None
     texts: Texts = {}
-    for passage in report.memory.passages:
+    for passage in report.memorization.passages:
         size = f"{format_count(passage.tokens, 'token')}, {format_count(passage.characters, 'character')}"
         size += f", in {format_count(passage.in_rows, 'training row')}"
         texts.setdefault("Longest passages that are continued as in a training row", []).append(
             (f"{passage.place} · {size}", {"": passage.text})
         )
-    for row in report.memory.memorized:
+    for row in report.memorization.memorized:
         texts.setdefault("Memorized rows", []).append((f"{row.place} · gain {row.gain:.3f}", {"": row.text}))
-    return [], {"Training rows and unseen rows": [*map(list, report.memory.table)]}, texts
+    return [], {"Training rows and unseen rows": [*map(list, report.memorization.table)]}, texts
 
 
 def _forgetting_contents(report: Report) -> _Contents:
@@ -277,7 +279,7 @@ def _growth_contents(report: Report) -> _Contents:
 
 _CONTENTS = {
     "style": _style_contents,
-    "memory": _memory_contents,
+    "memorization": _memorization_contents,
     "forgetting": _forgetting_contents,
     "growth": _growth_contents,
 }

@@ -83,9 +83,9 @@ def _facts(report: Report) -> list[Fact]:
         figures = report.style.figures
         share = "?" if figures.share is None else f"{round(100 * figures.share)}%"
         facts.append(Fact("style", share, "of the way from the base to your style"))
-    if report.memory:
-        count = report.memory.figures.memorized
-        facts.append(Fact("memory", f"{count:,}", f"memorized row{'s' * (count != 1)}", bool(count)))
+    if report.memorization:
+        count = report.memorization.figures.memorized
+        facts.append(Fact("memorization", f"{count:,}", f"memorized row{'s' * (count != 1)}", bool(count)))
     if report.forgetting:
         general = report.forgetting.figures.general
         is_worse = general.standard_error is not None and -general.gain > 2 * general.standard_error

@@ -73,6 +73,6 @@ def estimate_seconds(adapter: Adapter, pace: Pace, guards: Sequence[EvalSet] = (
     texts = sum(len(text) for rows in [*general_texts(), *guards] for text in rows.texts) / _TOKEN_CHARS
     return {
         "style": reading / 2 + 2 * tokens * pace.generated + _STYLE_READINGS * tokens * pace.measured,
-        "memory": reading / 2 + (openings + 2 * LOSS_TOKENS) * pace.measured,
+        "memorization": reading / 2 + (openings + 2 * LOSS_TOKENS) * pace.measured,
         "forgetting": 2 * texts * pace.measured,
     }

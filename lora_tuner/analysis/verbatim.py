@@ -100,7 +100,7 @@ def _verbatim_lengths(subject: ReportSubject, generator: Generator, openings: Se
     """
     name, notify = subject.adapter.name, subject.options.notify
     identity, lengths = generator_identity(generator, name), list[int]()
-    stage = "memory: verbatim continuations"
+    stage = "memorization: verbatim continuations"
     for first in range(0, len(openings), BATCH):
         notify(Progress(stage, first, len(openings)))
         batch = openings[first : first + BATCH]

@@ -17,7 +17,7 @@ from .display import print_table, print_wrapped, show_json
 from .options import JsonOption, Overrides, OverwriteOption, settings_options
 
 if TYPE_CHECKING:
-    from ..analysis.data_report import DataReport, NearCopies
+    from ..analysis.data_report import DataReport, NearDuplicates
     from ..analysis.lengths import Lengths
     from ..analysis.redact import RedactResult
     from ..analysis.sample import Example
@@ -84,7 +84,7 @@ def data(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Report on a dataset before training: lengths, near-copies, languages, personal data, encoding.
+    """Report on a dataset before training: lengths, near duplicates, languages, personal data, encoding.
 
     python cli.py data poems.txt
 
@@ -165,7 +165,7 @@ def _show_report(report: "DataReport") -> None:
     show_lengths(report.lengths, total)
     _show_examples(f"{format_rows(report.long_rows)} far longer than the others", report.long)
     _show_examples(f"{format_rows(report.short_rows)} far shorter than the others", report.short)
-    _show_near_copies(report.near_copies, total)
+    _show_near_duplicates(report.near_duplicates, total)
     if report.languages is not None:
         _print_heading("languages")
         shown = [
@@ -190,8 +190,8 @@ def _show_report(report: "DataReport") -> None:
         _show_examples("easiest", report.losses.easiest)
 
 
-def _show_near_copies(copies: "NearCopies", total: int) -> None:
-    _print_heading("near-copies")
+def _show_near_duplicates(copies: "NearDuplicates", total: int) -> None:
+    _print_heading("near duplicates")
     if copies.clusters:
         print_wrapped(
             f"{_rows(copies.rows, total)} nearly copy one another, in {copies.clusters:,} "

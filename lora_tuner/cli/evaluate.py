@@ -52,7 +52,7 @@ def evaluate(
         bool,
         typer.Option(
             "--leak",
-            help="Show how much of each gain comes from held-out rows that have a near copy among the training rows.",
+            help="Show how much of each gain comes from held-out rows that have a near duplicate among the training rows.",
         ),
     ] = False,
     probes: Annotated[
@@ -140,20 +140,20 @@ def show_probes(adapters: Sequence["Adapter"], *, as_json: bool) -> None:
 
 
 def show_leaks(leaks: Sequence["Leak"]) -> None:
-    """Print the gain of each adapter on the held-out rows with and without a near copy in training."""
+    """Print the gain of each adapter on the held-out rows with and without a near duplicate in training."""
     table, lines = [], []
     for leak in leaks:
         if leak.missing or leak.all_rows is None:
             print_stderr(f"{leak.adapter} has no figures: {leak.missing}.")
             continue
-        parts = {"all": leak.all_rows, "with a near copy": leak.with_copy, "without one": leak.without_copy}
+        parts = {"all": leak.all_rows, "with a near duplicate": leak.with_copy, "without one": leak.without_copy}
         for label, part in parts.items():
             gain = format_gain(part.gain, part.standard_error, "+.3f") if part else ""
             table.append([leak.adapter, label, part.format_rows() if part else "0 rows", gain])
         copied = leak.with_copy.rows if leak.with_copy else 0
         share = "there is no gain" if leak.share is None else f"{leak.share:.1%} of the gain comes from these"
         lines.append(
-            f"{leak.adapter}: near copies of {copied} of {format_count(leak.all_rows.rows, 'held-out row')} among the "
+            f"{leak.adapter}: near duplicates of {copied} of {format_count(leak.all_rows.rows, 'held-out row')} among the "
             f"training rows: {leak.copies:,} of {leak.training_rows:,}; {share}"
         )
     if table:

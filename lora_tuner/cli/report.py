@@ -63,7 +63,7 @@ def report(
     *,
     options: ModelOptions,
 ) -> None:
-    """Report on what an adapter has learned: style, memory, forgetting, and what more data would bring.
+    """Report on what an adapter has learned: style, memorization, forgetting, and what more data would bring.
 
     python cli.py report poems
 

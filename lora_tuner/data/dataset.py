@@ -52,8 +52,8 @@ class Dataset:
     group_by: str | None = None
     held_out_rows: list[str] = field(default_factory=list)
     eval_hashes: frozenset[bytes] = frozenset()  # of rows and groups of `eval_dataset`
-    compared: list[TextRow] = field(default_factory=list)  # with training rows, to find near copies
-    near_copies: list[tuple[str, str]] = field(
+    compared: list[TextRow] = field(default_factory=list)  # with training rows, to find near duplicates
+    near_duplicates: list[tuple[str, str]] = field(
         default_factory=list
     )  # first dropped ones, each with its held-out row
     held_out_sources: dict[str, int] = field(default_factory=dict)
@@ -146,7 +146,7 @@ class Dataset:
         copies = find_copies(self.train, [row.text for row in self.compared], config, notify)
         if config.near_duplicates == "keep":
             return
-        self.near_copies = [*itertools.islice(copies.items(), MAX_COPIES)]
+        self.near_duplicates = [*itertools.islice(copies.items(), MAX_COPIES)]
         for source in self.sources:
             source.previews = [preview for preview in source.previews if preview[1] not in copies]
             source.train = [text for text in source.train if text not in copies]
@@ -240,7 +240,7 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
             source.train.append(row.text)
             if row.raw and len(source.previews) < MAX_PREVIEWS:
                 source.previews.append((row.raw, row.text))
-    rows.clear()  # near copies take as much memory
+    rows.clear()  # near duplicates take as much memory
     for source, source_rows in zip(sources, held_out, strict=True):
         if not source.counts.train:  # else blocks of it are held out
             source.counts.train, source.counts.held_out = len(source.train), len(source_rows)
@@ -272,7 +272,7 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
             advice += ", or learn from these too with --objective kto"
         if counts.near_duplicates:
             copies += f", {format_count(counts.near_duplicates, 'near duplicate')} of held-out rows"
-            advice += ", or keep near copies with --near-duplicates keep"
+            advice += ", or keep near duplicates with --near-duplicates keep"
         raise DataError(
             f"{dataset.description}: {format_count(usable, 'usable row')}{groups} of {counts.read} ({counts.empty} "
             f"empty, {format_count(counts.duplicates, 'duplicate')}{copies}), that is {counts.train} to train on and "

@@ -10,7 +10,7 @@ from .rows import Source, iter_rows
 
 @dataclass(frozen=True)
 class DroppedCopy:
-    """A row that is left out, and the one that it copies; of a near copy `is_near`, which is held out.
+    """A row that is left out, and the one that it copies; of a near duplicate `is_near`, which is held out.
 
     A place is the file and line, or row, and "" if it is not known.
     """
@@ -40,7 +40,7 @@ def find_dropped(
         others: Texts of training rows.
     """
     copies = [copy for source in dataset.sources for copy in source.copies]
-    near = dataset.near_copies
+    near = dataset.near_duplicates
     wanted = {*others, *(text for pair in near for text in pair), *(text for text, _, _ in copies)}
     places = _find_places(config, dataset, wanted) if wanted else {}
     dropped = [

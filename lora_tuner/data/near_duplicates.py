@@ -2,14 +2,14 @@
 
 A row is compared as the set of its sequences of 3 words, without case, punctuation and white space.
 In scripts without spaces (Chinese, Japanese, Thai, ...) characters are words, and 5 are a sequence.
-Two rows are near copies if they share at least 3 sequences, and these hold 55% of the words of each
+Two rows are near duplicates if they share at least 3 sequences, and these hold 55% of the words of each
 row; or half of the words of the shorter row, if that is 20 words; or nine tenths of them, if that
 is 8 words. So are copies with replaced words or typing errors, with a sentence added, dropped or
 moved, a part of a text, and a text that is quoted in a longer one. Rows of the same 5 or more words
-are always near copies, shorter ones never.
+are always near duplicates, shorter ones never.
 
 Sequences that more than 2% of the compared rows have count on neither side: they are a header, a
-form or a phrase. So two rows of a common form are near copies only if what is filled in agrees. The
+form or a phrase. So two rows of a common form are near duplicates only if what is filled in agrees. The
 words that agree must be half of all words of the shorter row, or 12.
 
 All sequences are looked up, not a sample of them as by MinHash (Broder, On the resemblance and
@@ -86,7 +86,7 @@ class NearDuplicates:
         return [matches[0] if matches else None for matches in self.find_all(texts)]
 
     def find_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return for each text the compared rows of which it is a near copy, the nearest first.
+        """Return for each text the compared rows of which it is a near duplicate, the nearest first.
 
         Of many copies of one another, the first 64 or so are named.
         """
@@ -145,7 +145,7 @@ class NearDuplicates:
 
 
 def clusters(texts: Sequence[str]) -> list[list[int]]:
-    """Return the rows that are near copies of one another, in groups of two or more, largest first.
+    """Return the rows that are near duplicates of one another, in groups of two or more, largest first.
 
     Sequences in more than 2% of the rows do not count, so a larger group is found only as far as
     its rows have the same words. Price: as `NearDuplicates` of all rows.
@@ -179,7 +179,7 @@ def find_copies(
         matches = zip(texts, index.find(texts), strict=True)
         copies.update((text, held_out[match]) for text, match in matches if match is not None)
         if len(train) > _REPORTED_ROWS:
-            notify(Progress("looking for near copies", first + len(texts), len(train)))
+            notify(Progress("looking for near duplicates", first + len(texts), len(train)))
     count, share = f"{len(copies):,}", f"({len(copies) / max(len(train), 1):.1%})"
     why = ""
     if config.near_duplicates == "drop":
@@ -210,7 +210,7 @@ def _are_near(
     longer_words: NDArray[np.int64],
     all_words: NDArray[np.int64],
 ) -> NDArray[np.bool_]:
-    """Return for each pair of rows with enough shared sequences whether they are near copies.
+    """Return for each pair of rows with enough shared sequences whether they are near duplicates.
 
     Args:
         covered: Words of the shorter row in sequences that both have; `longer_covered` those of the

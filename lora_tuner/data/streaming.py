@@ -65,7 +65,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
         eval_hashes: Hashes of the rows and groups of the evaluation dataset, which are not trained on.
         sources: Mixed by their weights, or equally without; their counts are updated as rows are read.
         states: Position in each source to continue from; by default the beginning.
-        compared: Rows whose near copies are not trained on, if `config` says so.
+        compared: Rows whose near duplicates are not trained on, if `config` says so.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class _SourceStream:
             yield rows, state.row + source.counts.read
 
     def _leave_out_copies(self, texts: list[str], compared: int, counts: RowCounts) -> list[str]:
-        """Return the texts without near copies of held-out rows; the first ones are compared already."""
+        """Return the texts without near duplicates of held-out rows; the first ones are compared already."""
         matches = self.near_duplicates.find(texts[compared:])
         kept = [text for text, match in zip(texts[compared:], matches, strict=True) if match is None]
         copies = len(matches) - len(kept)

@@ -47,7 +47,7 @@ def open_embedded(notify: EventHandler) -> BaseModelFiles:
     folder = gguf_base.cache_folder(EMBEDDED_BASE, build)
     gguf_base.unpack(path, folder, text, notify)
     quantization = path.stem.rpartition(".")[2]
-    source = f"dequantised from the {quantization} file in the package {PACKAGE} {version}"
+    source = f"dequantized from the {quantization} file in the package {PACKAGE} {version}"
     return BaseModelFiles(EMBEDDED_BASE, EMBEDDED_REPO, folder, None, source, notify, path)
 
 

@@ -23,6 +23,16 @@ from lora_tuner.errors import AdapterError
 from .. import adapter_files
 
 CREATED = "2026-01-02T03:04:05+00:00"
+GAIN = {"rows": 3, "tokens": 9, "loss": 3.0, "base_loss": 3.5, "gain": 0.5, "standard_error": 0.1}
+SIDE = {"continued": 9, "verbatim": 1, "longest": 4, "measured": 9, "gain": 0.1, "gain_error": 0.02}
+MEMORIZATION = dict.fromkeys(("verbatim_p", "excess_error", "excess_p", "groups", "unequal")) | {
+    "sentences": ["It knows no row."],
+    "verbatim_tokens": 16,
+    "training": SIDE,
+    "unseen": SIDE,
+    "excess": 0.0,
+    "memorized": 0,
+}
 
 
 @pytest.fixture
@@ -49,6 +59,15 @@ def test_report_is_of_its_weights(folder):
         created=CREATED, weights=load_adapter_folder(folder).sha256
     )
     assert write_report(folder, weights="0" * 64).report is None
+
+
+def test_old_report_is_read(folder):
+    """Of before "near copies" and "memory" were renamed; names of texts stay as they are."""
+    forgetting = {"sentences": ["It forgets."], "general": GAIN, "kinds": {"memory": GAIN}}
+    memory = MEMORIZATION | {"near_copies": 3, "near_copies_verbatim": 2}
+    report = write_report(folder, memory=memory, forgetting=forgetting).report
+    assert (report.memorization.near_duplicates, report.memorization.near_duplicates_verbatim) == (3, 2)
+    assert report.forgetting.kinds.keys() == {"memory"}
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ HOSTILE = "<script>alert(1)</script> \u202e <img src=//x.example/a.png> {{ 7 * 7
 
 
 def write_dirty(path):
-    """Write 60 rows: personal data in row 3, a near-copy, markup, an empty row and a duplicate."""
+    """Write 60 rows: personal data in row 3, a near duplicate, markup, an empty row and a duplicate."""
     texts = tiny_models.reviews(60)
     texts[2] = f"I am {'; '.join(secret for secret, _ in SECRETS.values())}."
     texts[10] = "The story works well and the camera never fails in this long film about the sea and the wind."

@@ -133,7 +133,7 @@ def test_unfinished_epoch_compares_single_chunks(tmp_path, tokenizer):
         choose_rows(none, tokenizer)
 
 
-def test_near_copies_are_not_compared(tmp_path, tokenizer):
+def test_near_duplicates_are_not_compared(tmp_path, tokenizer):
     texts = [" ".join(f"w{number}x{position}" for position in range(30)) for number in range(80)]
     held_out = next(text for text in texts if is_held_out(row_hash(text, SALT)))
     trained = next(text for text in texts if not is_held_out(row_hash(text, SALT)))

@@ -50,7 +50,7 @@ def test_text_of_rows_is_escaped(report):
 
 def test_page_has_all_parts_and_no_personal_data(report):
     page = render_page(report)
-    for heading in ("Rows", "Lengths", "Near-copies", "Languages", "Personal data and keys", "Encoding"):
+    for heading in ("Rows", "Lengths", "Near duplicates", "Languages", "Personal data and keys", "Encoding"):
         assert f"<h2>{heading}</h2>" in page
     assert "Hardest" in page
     assert "<h3>Left out as copies, such as</h3>" in page

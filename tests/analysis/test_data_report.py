@@ -64,8 +64,8 @@ def test_losses_are_those_of_evaluation(report, dirty, gpt2):
     assert float(losses.hardest[0].note.split()[0]) > losses.loss > float(losses.easiest[0].note.split()[0])
 
 
-def test_near_copies_and_languages_have_examples(report):
-    copies = report.near_copies
+def test_near_duplicates_and_languages_have_examples(report):
+    copies = report.near_duplicates
     assert copies.rows - copies.clusters == copies.spare_rows >= 1
     assert [11, 12] in [[example.row for example in cluster] for cluster in copies.examples]
     assert {language.code: language.rows for language in report.languages}["en"] > 40

@@ -1,4 +1,4 @@
-"""The share of a gain that comes from held-out rows with a near copy among the training rows."""
+"""The share of a gain that comes from held-out rows with a near duplicate among the training rows."""
 
 import json
 import shutil
@@ -22,14 +22,14 @@ OPTIONS = ModelOptions(device="cpu")
 
 
 def copies_to_train_on(text):
-    """Two near copies that are on the training side."""
+    """Two near duplicates that are on the training side."""
     copies = (f"{text} {number}" for number in range(100))
     return [copy for copy in copies if not is_held_out(row_hash(copy, "lora_tuner"))][:2]
 
 
 @pytest.fixture(scope="module")
 def trained(gpt2, tmp_path_factory):
-    """An adapter of rows with two near copies of 4 rows that are measured."""
+    """An adapter of rows with two near duplicates of 4 rows that are measured."""
     folder = tmp_path_factory.mktemp("trained")
     rows = texts(60, 2)
     held_out = sorted(
@@ -57,7 +57,7 @@ def trained(gpt2, tmp_path_factory):
 
 @pytest.fixture
 def adapters(trained, tmp_path, monkeypatch):
-    """The adapter, and others that say they were trained without near copies, or from a stream."""
+    """The adapter, and others that say they were trained without near duplicates, or from a stream."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.setenv("LORA_TUNER_CACHE", str(tmp_path / "cache"))
     changes = {
@@ -183,7 +183,7 @@ def test_leak_without_rows_gives_reason(adapters, tmp_path):
     path = adapters["streamed"].path / "run.yaml"
     path.write_text(path.read_text().replace("duplicates: keep", "duplicates: drop"))
     (streamed,) = measure_leak([adapters["streamed"]], options=OPTIONS)
-    assert streamed.missing == "near copies of its measured rows were left out of the stream in training"
+    assert streamed.missing == "near duplicates of its measured rows were left out of the stream in training"
     (tmp_path / "more.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(40, seed=4)))
     path = adapters["clean"].path / "run.yaml"
     path.write_text(path.read_text().replace("dataset: rows.jsonl", "dataset: [rows.jsonl, more.jsonl]", 1))
@@ -208,12 +208,13 @@ def test_evaluate_leak_shows_share(adapters, monkeypatch):
     ]
     assert [" ".join(line.split()) for line in shown[3:5]] == [
         f"kept all 8 rows {parts[0]}",
-        f"kept with a near copy 4 rows {parts[1]}",
+        f"kept with a near duplicate 4 rows {parts[1]}",
     ]
+    among = "held-out rows among the training rows"
     share = leaks[0]["share"]
     assert shown[-2:] == [
-        f"kept: near copies of 4 of 8 held-out rows among the training rows: 8 of 59; {share:.1%} of the gain comes from these",
-        "clean: near copies of 0 of 8 held-out rows among the training rows: 0 of 51; 0.0% of the gain comes from these",
+        f"kept: near duplicates of 4 of 8 {among}: 8 of 59; {share:.1%} of the gain comes from these",
+        f"clean: near duplicates of 0 of 8 {among}: 0 of 51; 0.0% of the gain comes from these",
     ]
     (adapters["kept"].path / "run.yaml").unlink()
     assert (

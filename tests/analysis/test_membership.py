@@ -95,7 +95,7 @@ def test_datasets_are_compared_alone():
 
 
 def test_memorized_rows_are_named():
-    """12 of 40 training rows stand out of 200 unseen ones; one with near copies is not compared."""
+    """12 of 40 training rows stand out of 200 unseen ones; one with near duplicates is not compared."""
     draws = np.random.default_rng(2)
     units = [f"unit {number}" for number in range(240)]
     rows = rows_of(units, training={*units[:40]})

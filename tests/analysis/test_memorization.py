@@ -140,7 +140,7 @@ def test_sentences_say_what_figures_mean(unseen):
 
 
 def test_known_rows_are_listed(unseen):
-    """Training rows 0 to 19 are made known, one of which has near copies, and one personal data."""
+    """Training rows 0 to 19 are made known, one of which has near duplicates, and one personal data."""
     continuations, losses = unseen
     rows = [*continuations.rows.rows]
     rows[0] = dataclasses.replace(rows[0], copies=2)
@@ -153,12 +153,12 @@ def test_known_rows_are_listed(unseen):
     figures = report.figures
     assert (figures.training.verbatim, figures.unseen.verbatim) == (17, 0)
     assert [row.place for row in report.memorized] == [f"row {number}" for number in range(1, 20)]
-    assert (figures.memorized, figures.near_copies, figures.near_copies_verbatim) == (19, 1, 1)
+    assert (figures.memorized, figures.near_duplicates, figures.near_duplicates_verbatim) == (19, 1, 1)
     first, second, third = figures.sentences
     assert "17 of 49 training rows" in first
     assert first.endswith("(p = 0.0001): it copies text that it was trained on.")
     assert second.endswith("(p = 0.0001): 19 of the 49 measured are memorized.")
-    assert third.startswith("1 training row with near copies")
+    assert third.startswith("1 training row with near duplicates")
     assert [(passage.place, passage.tokens, passage.in_rows) for passage in report.passages[:3]] == [
         ("row 0", 30, 1),
         ("row 1", 29, 1),
@@ -230,7 +230,7 @@ def test_short_run_knows_no_row(adapter):
     report = measure(read_subject(adapter))
     assert (report.memorized, report.figures.memorized, report.figures.unequal) == ([], 0, None)
     assert report.figures.training.measured > 5
-    assert report.figures.unseen.measured + report.figures.near_copies == 8
+    assert report.figures.unseen.measured + report.figures.near_duplicates == 8
 
 
 @pytest.mark.slow

@@ -237,7 +237,7 @@ def test_report_has_all_parts(reported):
     _, report, _ = reported
     assert report.missing == {"growth": reports.NO_SWEEP}
     assert report.weights == report.figures.weights
-    assert [name for name, _ in report.figures.parts()] == ["style", "memory", "forgetting"]
+    assert [name for name, _ in report.figures.parts()] == ["style", "memorization", "forgetting"]
     assert [section.title for section in sections(report)] == [*TITLES.values()]
     assert "letters.txt" in report.forgetting.figures.guards
     facts = json.loads(json.dumps(report.to_dict()))
@@ -253,13 +253,13 @@ def test_time_is_told_before(reported):
         number for number, event in enumerate(events) if isinstance(event, Notice) and "takes about" in event.text
     ]
     assert told < first
-    parts = r"style \S+ s, memory \S+ s, forgetting \S+ s; .* Ctrl-C keeps what is finished\."
+    parts = r"style \S+ s, memorization \S+ s, forgetting \S+ s; .* Ctrl-C keeps what is finished\."
     assert re.fullmatch(rf"This takes about \S+ (s|min): {parts}", events[told].text)
 
 
 def test_estimate_follows_the_pace(reported, film):
     fast, slow = (estimate_seconds(film, Pace(0.001 * factor, 0.0001 * factor)) for factor in (1, 10))
-    assert fast.keys() == slow.keys() == {"style", "memory", "forgetting"}
+    assert fast.keys() == slow.keys() == {"style", "memorization", "forgetting"}
     assert slow["forgetting"] == pytest.approx(10 * fast["forgetting"])
     more = estimate_seconds(film, Pace(0.001, 0.0001), [EvalSet("mine", ["word " * 800])])
     assert more["forgetting"] == pytest.approx(fast["forgetting"] + 2 * 1000 * 0.0001)
@@ -269,7 +269,7 @@ def test_kept_report_has_no_text_of_rows(reported, film):
     _, report, _ = reported
     keep_report(film, report)
     kept = load_adapter_folder(film.path)
-    assert {name for name, _ in kept.report.parts()} == {"style", "memory", "forgetting"}
+    assert {name for name, _ in kept.report.parts()} == {"style", "memorization", "forgetting"}
     text = (film.path / REPORT_FILE).read_text()
     for row in tiny_models.reviews(120):
         words = row.split()
@@ -282,18 +282,18 @@ def test_kept_report_has_no_text_of_rows(reported, film):
 def test_skipped_parts_are_kept(reported, film):
     keep_report(film, reported[1])
     before = load_adapter_folder(film.path)
-    again = make_report(before, OPTIONS, skip=["style", "memory"])
-    assert (again.style, again.memory) == (None, None)
+    again = make_report(before, OPTIONS, skip=["style", "memorization"])
+    assert (again.style, again.memorization) == (None, None)
     keep_report(before, again)
     after = load_adapter_folder(film.path).report
-    assert (after.style, after.memory) == (before.report.style, before.report.memory)
+    assert (after.style, after.memorization) == (before.report.style, before.report.memorization)
     assert after.forgetting.guards == {}
     (film.path / REPORT_FILE).write_text("damaged")
     keep_report(load_adapter_folder(film.path), again)
     assert load_adapter_folder(film.path).report.style is None
 
 
-@pytest.mark.parametrize("name", ["style", "memory", "forgetting", "growth"])
+@pytest.mark.parametrize("name", ["style", "memorization", "forgetting", "growth"])
 def test_each_part_can_be_skipped(film, name):
     report = make_report(film, OPTIONS, skip=[name])
     assert name not in report.missing
@@ -303,7 +303,7 @@ def test_each_part_can_be_skipped(film, name):
 def test_report_without_measuring_loads_no_base(film, monkeypatch):
     monkeypatch.setattr(reports, "Generator", None)
     monkeypatch.setattr(reports.evaluation, "open_base_of", None)
-    report = make_report(film, OPTIONS, skip=["style", "memory", "forgetting"])
+    report = make_report(film, OPTIONS, skip=["style", "memorization", "forgetting"])
     assert report.missing.keys() == {"growth"}
 
 
@@ -315,7 +315,7 @@ def test_repeated_report_measures_nothing(reported, film, monkeypatch):
     again = make_report(film, OPTIONS)
     figures = reported[1].figures
     assert again.figures.style == figures.style
-    assert again.figures.memory == figures.memory
+    assert again.figures.memorization == figures.memorization
 
 
 def test_adapter_without_rows_is_measured_on_general_text(film, monkeypatch, tmp_path):
@@ -323,7 +323,7 @@ def test_adapter_without_rows_is_measured_on_general_text(film, monkeypatch, tmp
     monkeypatch.setenv("LORA_TUNER_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr(reports, "Generator", None)
     report = make_report(film, OPTIONS)
-    assert report.missing["style"] == report.missing["memory"]
+    assert report.missing["style"] == report.missing["memorization"]
     assert "not in the cache" in report.missing["style"]
     assert report.forgetting is not None
 
@@ -367,7 +367,7 @@ def test_growth_of_a_sweep_is_shown(reported, film, monkeypatch):
     )
     growth = GrowthFigures(sentences=["Twice the rows: +0.030 ± 0.010."], doublings=[doubling])
     monkeypatch.setattr(reports, "find_growth", lambda adapter, library: growth)
-    report = make_report(film, OPTIONS, skip=["style", "memory", "forgetting"])
+    report = make_report(film, OPTIONS, skip=["style", "memorization", "forgetting"])
     assert report.missing == {}
     assert report.to_dict()["growth"] == growth.model_dump()
     (section,) = sections(report)

@@ -26,7 +26,7 @@ def test_data_shows_report_and_writes_page(dirty, gpt2, tmp_path):
     assert shown.startswith("dirty.csv: column 'text' (--clean none)\n60 read, 1 empty, 1 duplicate, ")
     for heading in (
         "lengths in tokens",
-        "near-copies",
+        "near duplicates",
         "languages",
         "personal data and keys",
         "encoding",

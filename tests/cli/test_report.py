@@ -84,7 +84,7 @@ def test_report_as_json_and_page(film):
     shown = run("report", "film", "--device", "cpu", "--skip", "style", "--json")
     facts = json.loads(shown.stdout)
     assert facts["style"] is None
-    assert facts["memory"]
+    assert facts["memorization"]
     assert "page" not in facts
     assert not list(Path().glob("*.html"))
     run(
@@ -95,7 +95,7 @@ def test_report_as_json_and_page(film):
         "--skip",
         "style",
         "--skip",
-        "memory",
+        "memorization",
         "--html",
         "a.html",
     )
@@ -110,13 +110,13 @@ def test_report_as_json_and_page(film):
 
 def test_unknown_part_is_refused(film):
     assert error("report", "film", "--skip", "beauty") == (
-        "Error: --skip beauty: choose from style, memory, forgetting, growth."
+        "Error: --skip beauty: choose from style, memorization, forgetting, growth."
     )
 
 
 def test_guards_are_measured(film):
     Path("letters.txt").write_text("\n".join(tiny_models.reviews(40, seed=5)))
-    options = ("--device", "cpu", "--skip", "style", "--skip", "memory", "--json")
+    options = ("--device", "cpu", "--skip", "style", "--skip", "memorization", "--json")
     facts = json.loads(run("report", "film", *options, "--guard", "letters.txt").stdout)
     assert facts["forgetting"]["guards"]["letters.txt"]["rows"] == 40
     assert "There is no dataset 'none.txt'" in error("report", "film", "--guard", "none.txt")
@@ -129,12 +129,12 @@ def test_interrupted_report_names_its_command(film, monkeypatch):
     monkeypatch.setattr(forgetting, "measure_forgetting", interrupt)
     shutil.copytree("adapters", "my library")
     shown = run(
-        *("report", "film", "--device", "cpu", "--skip", "style", "--skip", "memory"),
+        *("report", "film", "--device", "cpu", "--skip", "style", "--skip", "memorization"),
         *("--adapters-dir", "my library", "--html", "a.html"),
         exit_code=130,
     )
     assert shown.stderr.splitlines()[-1] == (
-        "Stopped. What is finished is kept; go on with: python cli.py report film --skip style --skip memory "
+        "Stopped. What is finished is kept; go on with: python cli.py report film --skip style --skip memorization "
         "--html a.html --adapters-dir 'my library' --device cpu"
     )
     assert not os.path.lexists("a.html")

@@ -1,4 +1,4 @@
-"""Near copies: which rows are some, and what becomes of training rows that nearly copy a held-out row."""
+"""Near duplicates: which rows are some, and what becomes of training rows that nearly copy a held-out row."""
 
 import itertools
 import json
@@ -58,13 +58,13 @@ COPIES = {
 
 
 @pytest.mark.parametrize("kind", COPIES)
-def test_near_copies_are_found(kind):
+def test_near_duplicates_are_found(kind):
     copies = [COPIES[kind](text) for text in ROWS]
     assert NearDuplicates(ROWS).find(copies) == list(range(40))
     assert NearDuplicates(copies).find(ROWS) == list(range(40))
 
 
-def test_short_near_copies_are_found():
+def test_short_near_duplicates_are_found():
     """Of 8 to 14 words, one of them replaced, or another sentence behind it."""
     short = [text for text in sentences(60) if len(text.split()) >= 8]
     index, numbers = NearDuplicates(short), list(range(len(short)))
@@ -161,7 +161,7 @@ def test_clusters_are_found_in_order():
 
 @pytest.fixture
 def seeded():
-    """300 rows, near copies of 30 of them behind these, and the copies of held-out rows that are not held out."""
+    """300 rows, near duplicates of 30 of them behind these, and the copies of held-out rows that are not held out."""
     originals = texts(300)
     copies = {text: replace_words(text, 0.1) for text in random.Random(0).sample(originals, 30)}
     sides = {text: is_held_out(row_hash(text, "lora_tuner")) for text in [*originals, *copies.values()]}
@@ -225,7 +225,7 @@ def test_rows_that_all_copy_are_an_error(refusal, load):
     assert refusal("a.json", json.dumps(records)) == (
         f"a.json: {left + 1} usable rows of {left + 1} (0 empty, 0 duplicates, {left} near duplicates of held-out rows), that is "
         "0 to train on and 1 held out: at least one of each is needed, so add rows, or give rows to measure on with "
-        "--eval-dataset, or keep near copies with --near-duplicates keep."
+        "--eval-dataset, or keep near duplicates with --near-duplicates keep."
     )
     assert len(load("a.json", near_duplicates="keep").train) == left
 

@@ -278,7 +278,7 @@ def test_copies_of_pairs_are_dropped(load):
     assert (dataset.counts.duplicates, len(rows_of(dataset)) + dataset.counts.near_duplicates) == (2, 31)
 
 
-def test_near_copies_of_pairs_are_dropped(load):
+def test_near_duplicates_of_pairs_are_dropped(load):
     texts = [" ".join(f"{word}{n * 7 % 11}{n}" for word in "abcdefghijklmnop") for n in range(60)]
     rows = [{"prompt": prompt, "chosen": text, "rejected": "no"} for text in texts for prompt in ("so", "why")]
     rows = [row | {"prompt": f"{row['prompt']} {number}"} for number, row in enumerate(rows)]

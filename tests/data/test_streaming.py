@@ -93,7 +93,7 @@ def test_stream_resumes_exactly_from_any_state(rows_jsonl, taken):
 
 
 @pytest.mark.parametrize("taken", [0, 20, 75, 130])
-def test_stream_leaves_out_near_copies_exactly(rows_jsonl, taken):
+def test_stream_leaves_out_near_duplicates_exactly(rows_jsonl, taken):
     """The same rows as without streaming, also after a resume, and in the next pass."""
     dataset = load_dataset(TrainConfig(dataset=str(rows_jsonl)))
     copied = dataset.train[3:60:8]

