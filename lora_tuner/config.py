@@ -4,6 +4,7 @@ The command line, docs/commands.md and run.yaml are derived from these fields.
 """
 
 import codecs
+import csv
 import math
 import re
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ _ORIGIN = re.compile(
 )
 PROBE: Final = "probe"  # a `learning_rate`: that of the best of a few short runs
 # Settings that take several values: one run for each.
+COMMA_SEPARATED = ("labels", "label_names", "add_tokens")  # lists that the command line takes in one value
 SWEEPABLE = ("rank", "learning_rate", "max_rows", "max_steps", "epochs", "beta")
 STOP_RULES = ("epochs", "max_steps", "minutes")
 DEFAULT_EVAL_ROWS = 200
@@ -104,6 +106,18 @@ METHODS: dict[MethodName, MethodInfo] = {
         "by need; this takes half a minute or more.",
     ),
 }
+
+
+def _split_at_commas(value: object) -> object:
+    """Return the parts of a text, of which those that contain a comma are quoted; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return next(csv.reader([value], skipinitialspace=True, strict=True), None) or [""]
+    except csv.Error as error:
+        raise ValueError(
+            "it is not a list separated by commas, with entries that contain one in quotes"
+        ) from error
 
 
 def _setting(
@@ -211,8 +225,8 @@ class TrainConfig(_Settings):
     )
     labels: list[str] = _setting(
         [],
-        "The labels that a text can have, separated by commas; may be repeated. Rows with another "
-        "label are left out and counted.",
+        "The labels that a text can have, separated by commas, one that contains a comma in double quotes; may "
+        "be repeated. Rows with another label are left out and counted.",
         "Data",
         "those of the data",
     )
@@ -599,10 +613,10 @@ class TrainConfig(_Settings):
     @field_validator("labels", "label_names", mode="before")
     @classmethod
     def _split_labels(cls, value: object) -> object:
-        entries = value if isinstance(value, list) else [value]
-        if not all(isinstance(entry, str) for entry in entries):
+        entries = _split_at_commas(value)
+        if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
             return value  # its type is refused
-        labels = [" ".join(label.split()) for entry in map(str, entries) for label in entry.split(",")]
+        labels = [" ".join(label.split()) for label in entries]
         if "" in labels:
             raise ValueError("a label is empty: separate labels by single commas")
         if len(labels) > MAX_LABELS:
@@ -677,10 +691,10 @@ class TrainConfig(_Settings):
     @field_validator("add_tokens", mode="before")
     @classmethod
     def _check_added_tokens(cls, value: object) -> object:
-        entries = value if isinstance(value, list) else [value]
-        if not all(isinstance(entry, str) for entry in entries):
+        entries = _split_at_commas(value)
+        if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
             return value  # its type is refused
-        tokens = [token.strip() for entry in map(str, entries) for token in entry.split(",")]
+        tokens = [token.strip() for token in entries]
         if "" in tokens:
             raise ValueError("a token is empty: separate tokens by single commas")
         if twice := [token for token in dict.fromkeys(tokens) if tokens.count(token) > 1]:

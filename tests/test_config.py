@@ -155,6 +155,11 @@ def test_two_stop_rules_are_refused(given):
         ({"label_names": "0=a"}, "label_names needs label_column, the column of the labels"),
         ({"balance": True}, "balance needs label_column, the column of the labels"),
         ({"label_column": "x", "labels": "a,,b"}, "labels: a label is empty: separate labels by single commas"),
+        (
+            {"label_column": "x", "labels": '"a,b'},
+            "labels: it is not a list separated by commas, with entries that ",
+        ),
+        ({"label_column": "x", "labels": ""}, "labels: a label is empty: separate labels by single commas"),
         ({"label_column": "x", "labels": "a,b,a"}, "labels: a is given twice"),
         ({"label_column": "x", "labels": ["a"]}, "labels: a is the only label: give two or more"),
         ({"label_column": "x", "label_names": "0=a,1"}, "label_names: '1' is not of the form VALUE=NAME"),
@@ -184,9 +189,9 @@ def test_objectives_and_labels_refuse_others(given, text):
 
 def test_labels_are_separated_by_commas():
     config = resolve_settings(
-        TrainConfig, {"label_column": "x", "labels": ["a, b", "c"], "label_names": "0=a,1 = b b"}
+        TrainConfig, {"label_column": "x", "labels": 'a, "b, c",d', "label_names": "0=a,1 = b b"}
     )
-    assert (config.labels, config.label_name_of) == (["a", "b", "c"], {"0": "a", "1": "b b"})
+    assert (config.labels, config.label_name_of) == (["a", "b, c", "d"], {"0": "a", "1": "b b"})
 
 
 def test_three_stop_rules_are_one_problem():
@@ -405,6 +410,7 @@ def test_non_text_key_is_refused(run_yaml):
             "base": "~",
             "revision": "2024-01-01",
         },
+        {"label_column": "x", "labels": ["a, b", "c"]},
         {"split_salt": "yes", "text_column": " padded ", "where": ["x='\"\t", "y=[]"], "seed": 2**32 - 1},
     ],
 )

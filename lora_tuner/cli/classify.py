@@ -116,9 +116,12 @@ def classify(
         _show_written(output, results, as_json=as_json)
         return
     if as_json:
-        facts = [{"label": result.label, "probabilities": result.probabilities} for result in results.values()]
-        given = [" ".join(rows[number].values()) for number in results]
-        show_json([{"text": text} | each for text, each in zip(given, facts, strict=True)])
+        facts = []
+        for number, row in enumerate(rows):
+            result = results.get(number)
+            label, probabilities = (result.label, result.probabilities) if result else (None, None)
+            facts.append({"text": " ".join(row.values()), "label": label, "probabilities": probabilities})
+        show_json(facts)
     else:
         _show(["  ".join(rows[number].values()) for number in results], told)
 

@@ -17,6 +17,7 @@ from ..adapters.adapter import RUN_FILE, Adapter
 from ..adapters.library import Library
 from ..atomic_io import is_too_long
 from ..config import (
+    COMMA_SEPARATED,
     DEFAULT_BASE,
     DELIMITER_NAMES,
     FILE_SETTINGS,
@@ -181,7 +182,8 @@ def settings_options(kind: type[BaseModel], *names: str) -> Callable[[Command], 
     receives those set as `overrides`."""
 
     def collect_overrides(values: dict[str, Any]) -> Overrides:
-        return {name: value for name, value in values.items() if value not in (None, [])}
+        given = {name: value for name, value in values.items() if value not in (None, [])}
+        return given | {name: ",".join(given[name]) for name in COMMA_SEPARATED if name in given}
 
     fields = [(name, field) for name, field in kind.model_fields.items() if field.json_schema_extra]
     added = [_option(name, field, sweeps=not names) for name, field in fields if name in names or not names]
@@ -381,5 +383,7 @@ def _names(adapters: Sequence[Adapter]) -> list[str]:
 
 
 def _format_option(setting: str, value: object) -> str:
-    text = ",".join(value) if isinstance(value, list) else str(value)
+    text = str(value)
+    if isinstance(value, list):
+        text = ",".join(f'"{entry}"' if "," in entry else entry for entry in value)
     return f"--{setting.replace('_', '-')} {shlex.quote(text)}"

@@ -100,6 +100,13 @@ def test_nested_values_stay_json(classify, tmp_path):
     assert json.loads(row["tags"]) == ["a", {"n": 1}]
 
 
+def test_json_has_rows_without_text_too(classify):
+    facts = json.loads(classify("--file", "new.csv", "--json").stdout)
+    assert [each["text"] for each in facts] == ["the actor never works", "", "this film, drags"]
+    assert (facts[1]["label"], facts[1]["probabilities"]) == (None, None)
+    assert all(facts[number]["label"] for number in (0, 2))
+
+
 def test_text_file_has_a_text_per_line(classify, tmp_path):
     (tmp_path / "new.txt").write_text("so, what\nthe film\n")
     facts = json.loads(classify("--file", "new.txt", "--json").stdout)

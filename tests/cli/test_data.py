@@ -117,6 +117,15 @@ def test_data_reads_several_datasets(dirty, gpt2, tmp_path):
     assert len((tmp_path / "copy.jsonl").read_text().splitlines()) == 69
 
 
+def test_labels_with_comma_are_given_in_quotes(gpt2, tmp_path):
+    labels = ["Berlin, Mitte", "Bonn", "Rome"]
+    rows = [{"text": f"row {n} of {labels[n % 3]}", "label": labels[n % 3]} for n in range(30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ("--label-column", "label", "--labels", '"Berlin, Mitte",Bonn', "--labels", "Rome")
+    shown = run("data", "rows.jsonl", *options).stdout
+    assert "Berlin, Mitte 10" in " ".join(shown.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
