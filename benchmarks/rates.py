@@ -1,8 +1,9 @@
 """Default learning rate beside the best one, on several bases, texts and lengths of a run.
 
 The bases are the embedded one and those that LORA_TUNER_BENCH_BASES names (folders, GGUF files or Hub ids,
-separated by spaces). All take the same steps of one sequence of 512 tokens. The losses of each run are
-appended to rates.jsonl in the current folder, and runs that are in it are not repeated: a base takes hours.
+separated by spaces). All take the same steps of one sequence of 512 tokens. Rates that are far from the best
+with the first seed are not repeated with others. The losses of each run are appended to rates.jsonl in the
+current folder, and runs that are in it are not repeated: a base takes hours.
 """
 
 import json
@@ -28,6 +29,7 @@ from .methods import REVIEWS, program_code
 
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 LENGTHS, HELD_OUT = (25, 100), 200
+HOPEFUL_SHARE = 0.8  # of the best gain with the first seed: other rates are not repeated with more seeds
 BASE, DEFAULT = "base", "default"
 RESULTS = Path("rates.jsonl")
 Losses = dict[float | str, list[HeldOutLoss]]  # of each rate, for each seed
@@ -54,7 +56,8 @@ def _measure(name: str, settings: dict[str, Any], seeds: int) -> dict[int, Losse
     for seed in range(seeds):
         inputs: TrainingInputs | None = None
         for steps in LENGTHS:
-            for rate in (BASE, DEFAULT, *RATES):
+            rates: list[float | str] = [BASE, DEFAULT, *_hopeful(losses[steps])]
+            for rate in rates:
                 key = (name, 0, 0, BASE) if rate == BASE else (name, seed, steps, rate)
                 if key not in known:
                     settings |= {"max_steps": steps, "seed": seed}
@@ -68,6 +71,14 @@ def _measure(name: str, settings: dict[str, Any], seeds: int) -> dict[int, Losse
                     print(*key, known[key].loss, file=sys.stderr, flush=True)
                 losses[steps].setdefault(rate, []).append(known[key])
     return losses
+
+
+def _hopeful(losses: Losses) -> list[float]:
+    """Return the rates whose gain with the first seed was not far below the best one's; at first all."""
+    if not losses:
+        return [*RATES]
+    gains = {rate: losses[BASE][0].loss - losses[rate][0].loss for rate in RATES}
+    return [rate for rate, gain in gains.items() if gain >= HOPEFUL_SHARE * max(gains.values())]
 
 
 def _train(config: TrainConfig, inputs: TrainingInputs, *, is_base: bool) -> HeldOutLoss:
@@ -86,13 +97,16 @@ def _train(config: TrainConfig, inputs: TrainingInputs, *, is_base: bool) -> Hel
 
 def _compare(name: str, losses: Losses) -> Figure:
     """Return the share of the best rate's gain that the default has, with both in the note."""
-    mean = {rate: statistics.fmean(loss.loss for loss in runs) for rate, runs in losses.items()}
-    gains = {rate: mean[BASE] - loss for rate, loss in mean.items() if rate != BASE}
-    best = max(RATES, key=lambda rate: gains[rate])
+    seeds = len(losses[DEFAULT])
+    means = {
+        rate: statistics.fmean(loss.loss for loss in runs) for rate, runs in losses.items() if len(runs) == seeds
+    }
+    gains = {rate: means[BASE] - loss for rate, loss in means.items()}
+    best = max(gains.keys() & {*RATES}, key=lambda rate: gains[rate])
     gaps = [paired_gain(*pair) for pair in zip(losses[DEFAULT], losses[best], strict=True)]
     # Rows are the same for all seeds, so their errors do not average out.
     error = statistics.fmean(gap.standard_error or 0.0 for gap in gaps)
     gap = gains[best] - gains[DEFAULT]
     note = f"default {gains[DEFAULT]:.4f}, best {best:g} {gains[best]:.4f}, difference {gap:.4f} ± {error:.4f}; "
-    note += ", ".join(f"{rate:g} {gains[rate]:.4f}" for rate in RATES)
-    return figure(name, gains[DEFAULT] / gains[best], "of the best rate's gain", note)
+    note += ", ".join(f"{rate:g} {losses[BASE][0].loss - losses[rate][0].loss:.4f}" for rate in RATES)
+    return figure(name, gains[DEFAULT] / gains[best], "of the best rate's gain", note + " with the first seed")
