@@ -511,8 +511,7 @@ def _nll(
         labels = inputs.pop("labels").to(base.device)
         output = model(**{name: tensor.to(base.device) for name, tensor in inputs.items()}, use_cache=False)
         nll = base.lm_head.nll(output.logits, labels).cpu().double()
-        by_row = nll[0].split([len(row) for row in rows]) if packed else nll
-        return [values[: len(row) - 1].numpy() for values, row in zip(by_row, rows, strict=True)]
+        return [values[:-1].numpy() for values in packing.split_rows(nll, rows, packed=packed)]
 
 
 def _length_batches(rows: Sequence[TokenIds], batch_tokens: int) -> Iterator[list[int]]:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
+from ..data.packing import LENGTH_STEP, round_up
 from ..models.kernels import has_full_attention
 from ..models.layers import LinearLayer
 from ..models.loading import LoadedBase
@@ -76,9 +77,13 @@ class FusedLinear:
 
 def _float_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     out = few_rows_product(x, weight)
-    if out is None:
+    if out is not None:
+        return out if bias is None else out.add_(bias)
+    if weight.dtype == torch.float32 or len(x) <= LENGTH_STEP:
         return F.linear(x.to(weight.dtype), weight, bias)
-    return out if bias is None else out.add_(bias)
+    padded = weight.new_zeros(round_up(len(x)), x.shape[1])
+    padded[: len(x)] = x
+    return F.linear(padded, weight, bias)[: len(x)]
 
 
 def _multiply_each(parts: Sequence[Any], x: torch.Tensor) -> torch.Tensor:

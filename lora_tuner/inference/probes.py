@@ -239,8 +239,7 @@ def _token_nll(base: LoadedBase, rows: Sequence[TokenIds]) -> list[_Nats]:
         with base.lm_head.skip_lm_head():
             output, labels, packed = _forward(base, batch)
             nll = base.lm_head.nll(output, labels).double().cpu()
-        by_row = nll[0].split([len(row) for row in batch]) if packed else nll
-        result += [values[: len(row) - 1].numpy() for values, row in zip(by_row, batch, strict=True)]
+        result += [values[:-1].numpy() for values in packing.split_rows(nll, batch, packed=packed)]
     return result
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from inspect import signature
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from ..data.packing import LENGTH_STEP, round_up
 from .fused_linear import LinearGroup, is_plain
 from .kernels import VARLEN_ATTENTION
 from .native import NativeKernels, native_kernels
@@ -113,7 +114,11 @@ def _linear_groups(layer: Any) -> list[list[nn.Module]]:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of a batch laid end to end: their boundaries, and (first token, length) for each token."""
+    """Rows of a batch laid end to end for attention, each with room for a padded length.
+
+    `ends` are the boundaries of this layout. `table` (tokens, 3) has for each token the start and
+    padded length of its row there, and its position in the row.
+    """
 
     ends: list[int]
     table: torch.Tensor
@@ -123,9 +128,17 @@ class _Rows:
 def _find_rows(boundaries: torch.Tensor | None, count: int, length: int) -> _Rows:
     """Rows of `count` sequences: those between the boundaries, else each sequence."""
     ends = [*range(0, count * length + 1, length)] if boundaries is None else boundaries.tolist()
-    lengths = torch.tensor([end - start for start, end in pairwise(ends)])
-    table = torch.stack([torch.tensor(ends[:-1]), lengths], 1)
-    return _Rows(ends, table.repeat_interleave(lengths, 0))
+    lengths = [end - start for start, end in pairwise(ends)]
+    padded = [_padded_length(length) for length in lengths]
+    padded_ends = [0, *accumulate(padded)]
+    columns = torch.tensor([padded_ends[:-1], padded]).repeat_interleave(torch.tensor(lengths), 1)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    return _Rows(padded_ends, torch.stack([*columns, positions], 1))
+
+
+def _padded_length(length: int) -> int:
+    """Round the length of a row up, by at most an eighth beyond LENGTH_STEP: see there."""
+    return round_up(length, max(LENGTH_STEP, 1 << max(length.bit_length() - 4, 0)))
 
 
 class Block:
@@ -295,7 +308,7 @@ class _BlockFunction(torch.autograd.Function):
             block.call(
                 "head_norm", qkv, *weights, head_stats, tokens, heads, kv_heads, head, _eps(block.head_norms[0])
             )
-        q, k, v = (qkv.new_empty(tokens * count * head) for count in (heads, kv_heads, kv_heads))
+        q, k, v = (qkv.new_zeros(rows.ends[-1] * count * head) for count in (heads, kv_heads, kv_heads))
         block.call(
             "split_heads", qkv, cos, sin, rows.table, q, k, v, tokens, heads, kv_heads, head, block.scaling
         )
@@ -335,7 +348,7 @@ class _BlockFunction(torch.autograd.Function):
         d_middle = out_group.new_gradient(tokens)
         block.norm_backward(1, d_normed, middle, stats_2, d_out, d_middle)
         d_attended, out_lora = out_group.backward(d_middle, attended)
-        by_row = torch.empty_like(q)
+        by_row = torch.zeros_like(q)
         block.call("to_heads", d_attended, rows.table, by_row, tokens, heads, head, heads * head)
         d_heads = block.attend_backward(by_row, (q, k, v), probabilities, rows)
         d_qkv = qkv_group.new_gradient(tokens)

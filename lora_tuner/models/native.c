@@ -365,15 +365,15 @@ void NAME(gelu_backward)(const T *grad, const T *x, T *dx, int64_t rows, int64_t
 }
 
 /* Split qkv (rows, (heads + 2 kv_heads) head) into q, k and v, each with all heads of a sequence one
-   after another: (kv heads, length, head) for the sequence of tokens `start` to `start + length`, which
-   `sequences` (rows, 2) gives for each row. q is multiplied by `scale`. Where cos and sin (rows, head) are
-   not NULL, q and k are rotated. */
+   after another: (kv heads, length, head) from token `start` on. `sequences` (rows, 3) gives start and
+   length of the sequence of each row, and its position there. q is multiplied by `scale`. Where cos and
+   sin (rows, head) are not NULL, q and k are rotated. */
 void NAME(split_heads)(const T *qkv, const T *cos, const T *sin, const int64_t *sequences, T *q, T *k, T *v, int64_t rows,
                        int64_t heads, int64_t kv_heads, int64_t head, float scale) {
     int64_t half = head / 2;
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
-        int64_t start = sequences[2 * row], length = sequences[2 * row + 1], position = row - start;
+        int64_t start = sequences[3 * row], length = sequences[3 * row + 1], position = sequences[3 * row + 2];
         const T *in = qkv + row * (heads + 2 * kv_heads) * head;
         for (int64_t h = 0; h < heads + 2 * kv_heads; h++, in += head) {
             int64_t all = h < heads ? heads : kv_heads;
@@ -402,7 +402,7 @@ void NAME(split_heads_backward)(const T *dq, const T *dk, const T *dv, const T *
     int64_t half = head / 2;
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
-        int64_t start = sequences[2 * row], length = sequences[2 * row + 1], position = row - start;
+        int64_t start = sequences[3 * row], length = sequences[3 * row + 1], position = sequences[3 * row + 2];
         T *out = dqkv + row * ld;
         for (int64_t h = 0; h < heads + 2 * kv_heads; h++, out += head) {
             int64_t all = h < heads ? heads : kv_heads;
@@ -463,7 +463,7 @@ void NAME(head_norm_backward)(T *grad, const T *x, const T *q_weight, const T *k
 void NAME(to_heads)(const T *x, const int64_t *sequences, T *out, int64_t rows, int64_t heads, int64_t head, int64_t ld) {
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
-        int64_t start = sequences[2 * row], length = sequences[2 * row + 1], position = row - start;
+        int64_t start = sequences[3 * row], length = sequences[3 * row + 1], position = sequences[3 * row + 2];
         for (int64_t h = 0; h < heads; h++)
             memcpy(out + (start * heads + h * length + position) * head, x + row * ld + h * head, head * sizeof(T));
     }
@@ -472,7 +472,7 @@ void NAME(to_heads)(const T *x, const int64_t *sequences, T *out, int64_t rows, 
 void NAME(from_heads)(const T *x, const int64_t *sequences, T *out, int64_t rows, int64_t heads, int64_t head, int64_t ld) {
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
-        int64_t start = sequences[2 * row], length = sequences[2 * row + 1], position = row - start;
+        int64_t start = sequences[3 * row], length = sequences[3 * row + 1], position = sequences[3 * row + 2];
         for (int64_t h = 0; h < heads; h++)
             memcpy(out + row * ld + h * head, x + (start * heads + h * length + position) * head, head * sizeof(T));
     }

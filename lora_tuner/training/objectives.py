@@ -65,7 +65,7 @@ class PreferenceObjective:
         batch["rows"] = torch.tensor([number for item in items for number in item.numbers])
         if self.name == "orpo":  # its loss on text includes the prompts of chosen answers
             texts = [[row if side % 2 else token_ids(row) for side, row in enumerate(item)] for item in items]
-            batch["text_labels"] = packing.collate(texts, pad_id)["labels"]
+            batch["text_labels"] = packing.collate(texts, pad_id, cu_seqlens=cu_seqlens)["labels"]
         if self.name == "kto":
             others = [
                 [

@@ -163,6 +163,14 @@ def test_collate_pads_to_longest_item():
     assert batch["labels"].tolist() == [[-100, 2, 3, -100, -100], [-100, 2, 3, 4, 5]]
 
 
+@pytest.mark.parametrize(("length", "padded"), [(1, 32), (31, 32), (32, 32), (33, 64)])
+def test_length_with_boundaries_recurs(length, padded):
+    batch = collate([rows(length)], pad_id=0, cu_seqlens=True)
+    assert batch["input_ids"].shape == (1, padded)
+    assert (batch["labels"][0, length:] == IGNORE_INDEX).all()
+    assert batch["cu_seq_lens_q"].tolist() == [0, padded]
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_row_has_solo_logits(base, attention):
     base.model.set_attn_implementation(attention)

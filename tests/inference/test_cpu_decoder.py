@@ -7,6 +7,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from lora_tuner import Generator, ModelOptions, SamplingParams
+from lora_tuner.inference import cpu_decoder
 from lora_tuner.inference.cpu_decoder import CpuDecoder
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
@@ -154,3 +155,15 @@ def test_unsupported_bases_use_transformers(tmp_path, base, model_folder, monkey
         .tokens
         <= 2
     )
+
+
+def test_prompt_lengths_share_products(monkeypatch):
+    """In bfloat16 oneDNN compiles and keeps a product for each shape."""
+    weight, shapes, linear = torch.randn(48, 64).bfloat16(), set(), cpu_decoder.F.linear
+    bias = torch.randn(48).bfloat16()
+    expected = linear(torch.ones(64, 64).bfloat16(), weight, bias)
+    monkeypatch.setattr(cpu_decoder.F, "linear", lambda x, *others: (shapes.add(x.shape), linear(x, *others))[1])
+    for tokens in range(33, 65):
+        found = cpu_decoder._float_linear(torch.ones(tokens, 64), weight, bias)
+        torch.testing.assert_close(found, expected[:tokens])
+    assert shapes == {(64, 64)}

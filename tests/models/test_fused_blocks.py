@@ -30,7 +30,7 @@ TARGETS = {
         "alpha_pattern": {"o_proj": 3, "c_proj": 3},
     },
 }
-LENGTHS = [[5, 12, 23], [11]]
+LENGTHS = [[5, 12, 40], [33]]
 
 
 def load(tmp_path, family="llama", dtype="float32", **changes):
@@ -258,3 +258,29 @@ def test_trains_without_compiler(tmp_path, monkeypatch):
     assert packing_checks.try_fused_blocks(base) is None
     model = with_lora(base)
     assert loss_and_gradients(base, model, **make_batch(cu_seqlens=False))[0].isfinite().all()
+
+
+def test_lengths_share_products(tmp_path, monkeypatch):
+    """oneDNN compiles and keeps a product for each shape, without end if each length has its own."""
+    base = load(tmp_path)
+    model, shapes = with_lora(base), []
+    assert kernels.enable_varlen_attention(base.model)
+    assert fused_blocks.enable_fused_blocks(base.model)
+    bmm = torch.bmm
+    monkeypatch.setattr(
+        torch, "bmm", lambda a, b, **out: (shapes.append((a.shape, b.shape)), bmm(a, b, **out))[1]
+    )
+    for length in range(33, 49):
+        row = torch.arange(1, 1 + length).int().numpy()
+        loss_and_gradients(base, model, **packing.collate([[row, row[:7]]], 0, cu_seqlens=True))
+    assert len(shapes) >= 16 * 2 * 6
+    assert len({*shapes}) == 2 * 3  # rows of up to 32 and of up to 64 tokens
+
+
+def test_padding_of_rows_is_small():
+    lengths = range(32, 5000)
+    padded = [fused_blocks._padded_length(length) for length in lengths]
+    assert all(
+        length <= size <= max(length + 31, length * 9 / 8) for length, size in zip(lengths, padded, strict=True)
+    )
+    assert len({size for size in padded if size <= 4096}) == 16 + 3 * 8
