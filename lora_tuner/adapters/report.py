@@ -5,7 +5,7 @@ The file is optional. It counts only for the weights that it was measured on, an
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -35,7 +35,7 @@ class _Model(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
 
     @model_validator(mode="before")
     @classmethod
-    def _rename_old_keys(cls, values: Any) -> Any:
+    def _rename_old_keys(cls, values: object) -> object:
         return (
             {_OLD_KEYS.get(key, key): value for key, value in values.items()}
             if isinstance(values, dict)
