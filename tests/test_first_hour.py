@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from lora_tuner.cli.app import app
-from lora_tuner.cli.interactive import PROMPT
+from lora_tuner.cli.line_editor import PROMPT
 
 from .data.test_chat import save_chat_base
 

@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
 from rich.cells import cell_len
@@ -17,8 +17,12 @@ from rich.text import Text
 from ..adapters import summaries
 from ..adapters.manifest import EvalResult, SourceInfo
 from ..adapters.preference_info import PreferenceInfo
+from ..config import SamplingParams
 from ..text import CONTROL_CHARACTERS, as_typed, describe_gain, escape_control, format_gain, one_line, shorten
 from .streams import is_reader_gone, stdout_error
+
+if TYPE_CHECKING:
+    from ..inference.generator import EncodedPrompt, GenerationOutput, Generator
 
 BASE_LABEL = summaries.BASE_LABEL
 
@@ -182,3 +186,42 @@ def _format_value(value: object) -> str:
         return "\n".join(f"{key}: {_format_value(entry)}" for key, entry in present.items())
     texts = [str(entry) for entry in value] if isinstance(value, list | tuple) else [str(value)]
     return ("\n" if any(" " in text for text in texts) else ", ").join(texts)
+
+
+def heading(*counts: tuple[str, int, int]) -> str:
+    """Line that parts outputs, such as `--- prompt 1 of 2, output 3 of 3`; empty for a single one.
+
+    Args:
+        counts: name, number and count of a kind; one of which there is a single one is left out.
+    """
+    parts = [f"{name} {number:,} of {count:,}" for name, number, count in counts if count > 1]
+    return f"--- {', '.join(parts)}\n" if parts else ""
+
+
+def quote(question: str) -> str:
+    """Mark the lines of a question, so that it differs from its answer without styles too."""
+    return "".join(f"> {line}\n" for line in question.splitlines() or [""])
+
+
+def print_outputs(
+    generator: "Generator", prompt: "EncodedPrompt", sampling: SamplingParams, number: int = 1, count: int = 1
+) -> "GenerationOutput":
+    """Print the outputs for a prompt, which is `number` of `count`; a single one is streamed.
+
+    A text is printed with its prompt, an answer alone or, of several prompts, after its question.
+    Returns the first output.
+    """
+    outputs = [] if sampling.n == 1 else generator.generate_all(prompt, sampling)
+    for index in range(sampling.n):
+        parting = heading(("prompt", number, count), ("output", index + 1, sampling.n))
+        show_text(parting, "dim")
+        if not prompt.chat:
+            show_text(prompt.text, "bold")
+        elif count > 1 and index == 0:
+            show_text(quote(prompt.text), "bold")
+        if sampling.n == 1:
+            outputs.append(generator.generate(prompt, sampling, on_text=show_text))
+        else:
+            show_text(outputs[index].text)
+        show_text("\n\n" if parting else "\n")
+    return outputs[0]

@@ -18,10 +18,18 @@ from ..settings_files import resolve_settings
 from ..text import escape_control, format_names
 from ..training.progress import display
 from .auto import adapters_to_choose
-from .display import BASE_LABEL, color_system, describe_template, print_stderr, show_json, show_text
-from .interactive import ANSWER as ANSWER
-from .interactive import PROMPT as PROMPT
-from .interactive import heading, print_outputs, quote, run_interactive
+from .display import (
+    BASE_LABEL,
+    color_system,
+    describe_template,
+    heading,
+    print_outputs,
+    print_stderr,
+    quote,
+    show_json,
+    show_text,
+)
+from .interactive import run_interactive
 from .options import (
     DEFAULT_ADAPTERS_DIR,
     AdaptersDirOption,

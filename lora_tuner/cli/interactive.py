@@ -1,40 +1,28 @@
-"""Generated texts on stdout, and the interactive prompt of `generate`.
-
-On a terminal, inputs are edited by prompt_toolkit, with a history that the next session has too;
-elsewhere each line is read by `input`.
-"""
+"""The interactive prompt of `generate`: a session of prompts and commands."""
 
 import contextlib
-import io
-import os
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from ..adapters.adapter import Adapter
-from ..atomic_io import cache_dir
 from ..config import INVALID_TEXT, SamplingParams
 from ..errors import ConfigError, LoraTunerError
 from ..settings_files import resolve_settings
 from ..text import format_names
 from ..training.signals import handle_signals
-from .display import BASE_LABEL, describe_template, print_stderr, show_text
+from .display import BASE_LABEL, describe_template, print_outputs, print_stderr, show_text
+from .line_editor import input_reader, is_terminal
 from .options import Overrides
 
 if TYPE_CHECKING:
-    from prompt_toolkit.history import History
-    from prompt_toolkit.key_binding import KeyPressEvent
-
     from ..data.chat import Message
     from ..data.row_template import Template
-    from ..inference.generator import EncodedPrompt, GenerationOutput, Generator
+    from ..inference.generator import GenerationOutput, Generator
 
-PROMPT = "Enter a prompt for text generation: "
 ANSWER = "Generated text: "
-HISTORY_FILE = "prompts"  # in the cache folder
 COMMANDS = {
     "/help": "list these commands",
     "/adapters": "list the adapters",
@@ -51,51 +39,6 @@ The arrow keys recall earlier inputs; Ctrl-C clears the line, or stops a text.
 An empty line or Ctrl-D quits."""
 
 
-# Texts
-
-
-def heading(*counts: tuple[str, int, int]) -> str:
-    """Line that parts outputs, such as `--- prompt 1 of 2, output 3 of 3`; empty for a single one.
-
-    Args:
-        counts: name, number and count of a kind; one of which there is a single one is left out.
-    """
-    parts = [f"{name} {number:,} of {count:,}" for name, number, count in counts if count > 1]
-    return f"--- {', '.join(parts)}\n" if parts else ""
-
-
-def quote(question: str) -> str:
-    """Mark the lines of a question, so that it differs from its answer without styles too."""
-    return "".join(f"> {line}\n" for line in question.splitlines() or [""])
-
-
-def print_outputs(
-    generator: "Generator", prompt: "EncodedPrompt", sampling: SamplingParams, number: int = 1, count: int = 1
-) -> "GenerationOutput":
-    """Print the outputs for a prompt, which is `number` of `count`; a single one is streamed.
-
-    A text is printed with its prompt, an answer alone or, of several prompts, after its question.
-    Returns the first output.
-    """
-    outputs = [] if sampling.n == 1 else generator.generate_all(prompt, sampling)
-    for index in range(sampling.n):
-        parting = heading(("prompt", number, count), ("output", index + 1, sampling.n))
-        show_text(parting, "dim")
-        if not prompt.chat:
-            show_text(prompt.text, "bold")
-        elif count > 1 and index == 0:
-            show_text(quote(prompt.text), "bold")
-        if sampling.n == 1:
-            outputs.append(generator.generate(prompt, sampling, on_text=show_text))
-        else:
-            show_text(outputs[index].text)
-        show_text("\n\n" if parting else "\n")
-    return outputs[0]
-
-
-# The interactive prompt
-
-
 def run_interactive(
     generator: "Generator", settings: Overrides, chat: bool | None, opening: "list[Message]"
 ) -> None:
@@ -109,9 +52,8 @@ def run_interactive(
     session = _Session(generator, settings, chat, opening)
     print_stderr(session.describe_model())
     print_stderr("/help lists the commands; an empty line quits.")
-    is_terminal = _is_terminal()
-    read = _terminal_reader(session.completions) if is_terminal else _read_input
-    with handle_signals((signal.SIGINT,) if is_terminal else (), _stop):
+    read = input_reader(session.completions)
+    with handle_signals((signal.SIGINT,) if is_terminal() else (), _stop):
         while True:
             try:
                 text = read()
@@ -313,89 +255,3 @@ class _Session:
             names = self._names()
             return [*(name.partition(" ")[0] for name in COMMANDS), *(f"/adapter {name}" for name in names)]
         return []
-
-
-# Input
-
-
-def _is_terminal() -> bool:
-    """Return whether inputs can be edited: stdin and stdout are a terminal that moves its cursor."""
-    is_dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
-    return sys.stdin.isatty() and sys.stdout.isatty() and not is_dumb
-
-
-def _read_input() -> str:
-    """Read a line, and those after it while one ends in a backslash. Raises EOFError."""
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        with contextlib.suppress(io.UnsupportedOperation):  # if it has been read from
-            sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 becomes an error later
-    text = input(PROMPT).removeprefix("\ufeff")
-    while text.endswith("\\"):
-        text = text[:-1]
-        with contextlib.suppress(EOFError):
-            text += f"\n{input()}"
-    return text
-
-
-def _terminal_reader(completions: Callable[[], list[str]]) -> Callable[[], str]:
-    """Return a function that reads an input with line editing, history and completion."""
-    # Without it, a terminal that does not tell where its cursor is gets a warning.
-    os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import WordCompleter
-    from prompt_toolkit.enums import DEFAULT_BUFFER
-    from prompt_toolkit.filters import has_focus
-    from prompt_toolkit.key_binding import KeyBindings
-    from prompt_toolkit.shortcuts import CompleteStyle
-
-    keys, is_input = KeyBindings(), has_focus(DEFAULT_BUFFER)
-
-    @keys.add("enter", filter=is_input)
-    def _enter(event: "KeyPressEvent") -> None:
-        buffer = event.current_buffer
-        if buffer.document.current_line_before_cursor.endswith("\\") and buffer.document.is_cursor_at_the_end:
-            buffer.delete_before_cursor()
-            buffer.newline(copy_margin=False)
-        else:
-            buffer.validate_and_handle()
-
-    @keys.add("escape", "enter", filter=is_input)
-    def _new_line(event: "KeyPressEvent") -> None:
-        event.current_buffer.newline(copy_margin=False)
-
-    @keys.add("c-c", filter=is_input)
-    def _clear(event: "KeyPressEvent") -> None:
-        event.current_buffer.reset()
-
-    session: PromptSession[str] = PromptSession(
-        [("fg:default", PROMPT)],  # without any style the space at its end would not be written
-        multiline=True,  # so that pasted lines are one input
-        prompt_continuation="",
-        history=_open_history(),
-        key_bindings=keys,
-        completer=WordCompleter(completions, sentence=True),
-        complete_style=CompleteStyle.READLINE_LIKE,
-        complete_while_typing=False,
-        enable_suspend=True,
-    )
-    return session.prompt
-
-
-def _open_history() -> "History":
-    """Return the inputs of past sessions, in a file of the cache that others cannot read; where it
-    cannot be written, those of this session."""
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
-
-    class PrivateHistory(FileHistory):
-        def store_string(self, string: str) -> None:
-            with contextlib.suppress(OSError):  # such as a full disk
-                super().store_string(string)
-
-    try:
-        path = cache_dir() / HISTORY_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        path.chmod(0o600)
-    except (OSError, LoraTunerError):
-        return InMemoryHistory()
-    return PrivateHistory(path)

@@ -33,11 +33,11 @@ from .display import (
     print_result,
     print_stderr,
     print_table,
+    quote,
     quote_argument,
     show_json,
 )
 from .generate import show_columns
-from .interactive import quote
 from .options import JsonOption, Overrides, settings_options
 from .preview import preview_to_dict, show_preview
 from .report import measure, show_report

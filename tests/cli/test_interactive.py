@@ -17,8 +17,9 @@ from prompt_toolkit.output import DummyOutput
 
 from lora_tuner import Generator, ModelOptions, SamplingParams
 from lora_tuner.atomic_io import cache_dir
-from lora_tuner.cli import interactive
-from lora_tuner.cli.interactive import ANSWER, COMMANDS, PROMPT
+from lora_tuner.cli import interactive, line_editor
+from lora_tuner.cli.interactive import ANSWER, COMMANDS
+from lora_tuner.cli.line_editor import PROMPT
 
 from .test_commands import run
 
@@ -110,7 +111,7 @@ def typing(monkeypatch, tmp_path):
 
     def press(keys, completions=()):
         with create_pipe_input() as pressed, create_app_session(input=pressed, output=DummyOutput()):
-            read = interactive._terminal_reader(lambda: list(completions))
+            read = line_editor._open_editor(lambda: list(completions))
             pressed.send_bytes(keys.encode("utf-8", "surrogateescape"))
             texts = []
             while True:
@@ -137,16 +138,16 @@ def test_ctrl_c_clears_input_on_terminal(typing):
 
 def test_history_is_private_and_kept(typing):
     assert typing(f"first{END}sec\xe9{ALT_ENTER}ond\udcff{END}{CTRL_D}") == ["first", "sec\xe9\nond\udcff"]
-    file = cache_dir() / interactive.HISTORY_FILE
+    file = cache_dir() / line_editor.HISTORY_FILE
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     file.chmod(0o644)
-    assert list(interactive._open_history().load_history_strings()) == ["sec\xe9\nond?", "first"]
+    assert list(line_editor._open_history().load_history_strings()) == ["sec\xe9\nond?", "first"]
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
 def test_history_that_cannot_be_written_is_dropped(typing, tmp_path):
     assert typing(f"first{END}{CTRL_D}") == ["first"]
-    history = interactive._open_history()
+    history = line_editor._open_history()
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").write_text("a file in its place")
     history.append_string("second")  # no error

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from lora_tuner.cli.generate import ANSWER, PROMPT
+from lora_tuner.cli.interactive import ANSWER
+from lora_tuner.cli.line_editor import PROMPT
 from lora_tuner.data import tokenization
 from lora_tuner.models.resolve import find_base
 from lora_tuner.models.tokenizer import load_tokenizer
