@@ -42,6 +42,7 @@ from . import (
 
 PARTS = {
     "training": training.run,
+    "measuring": training.measuring,
     "overhead": training.overhead,
     "quality": quality.run,
     "generation": generation.run,

@@ -21,12 +21,13 @@ from unittest import mock
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lora_tuner import TrainConfig, train
+from lora_tuner import ModelOptions, TrainConfig, evaluation, train
 from lora_tuner.config import EMBEDDED_BASE
 from lora_tuner.data.dataset import load_dataset
-from lora_tuner.models import kernels
+from lora_tuner.models import kernels, packing_checks
 from lora_tuner.models.base_files import quiet_transformers
 from lora_tuner.models.layers import layer_sizes
+from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
 from lora_tuner.models.tokenizer import load_tokenizer
 from lora_tuner.training.arguments import LiveLog
@@ -37,7 +38,7 @@ from lora_tuner.training.trainer import LoraTrainer
 from . import recipes
 from .measure import Figure, figure
 
-LENGTH, BATCH, STEPS, ROWS = 512, 8, 2, 600
+LENGTH, BATCH, STEPS, ROWS, HELD_OUT = 512, 8, 2, 600, 60
 PROMPTS = ["Acting", "The plot", "This film"]
 SHAPES = ("distilgpt2", EMBEDDED_BASE)
 WAYS = {
@@ -51,6 +52,7 @@ WAYS = {
     "trl, micro-batches": "the same in micro-batches of 1",
     "full": "full fine-tuning at 128 tokens, as in tutorials",
 }
+MEASURED = ("held-out loss, bfloat16", "held-out loss, float32, transformers' layers")
 
 
 def run(rounds: int) -> list[Figure]:
@@ -81,6 +83,20 @@ def run(rounds: int) -> list[Figure]:
         share = memory["ours"] / memory["plain"]
         figures.append(figure(f"{shape}: memory, ours of plain", share, "", "must be at most 0.25"))
     return figures
+
+
+def measuring(rounds: int) -> list[Figure]:
+    """Speed of the held-out loss of the embedded base, beside transformers' layers in float32, which were used before."""
+    found: dict[str, list[float]] = {way: [] for way in MEASURED}
+    for _ in range(rounds):
+        for way, speeds in found.items():
+            speeds.append(_in_a_process(way, EMBEDDED_BASE)["speed"])
+    ours, before = (statistics.median(speeds) for speeds in found.values())
+    note = f"{ours / before:.2f} x (must be 4)"
+    return [
+        figure(way, speed, "tokens/s", note)
+        for way, speed, note in zip(MEASURED, (ours, before), (note, ""), strict=True)
+    ]
 
 
 def overhead(rounds: int) -> list[Figure]:
@@ -253,6 +269,20 @@ def _floor(name: str, dtype: str) -> tuple[list[float], list[int]]:
     return times, [count] * len(times)
 
 
+def _held_out(name: str, way: str, dtype: str) -> tuple[list[float], list[int]]:
+    """Measure the loss of the base on reviews, twice."""
+    base = load_base(find_base(name), ModelOptions(dtype=dtype))
+    if way == MEASURED[0]:
+        packing_checks.enable_fast_paths(base)
+    rows = evaluation.encode_held_out(base, load_dataset(TrainConfig(max_rows=ROWS)).held_out[:HELD_OUT])
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        evaluation.measure_loss(base.model, base, rows)
+        times.append(time.perf_counter() - start)
+    return times, [sum(map(len, rows))] * 2
+
+
 def _worker(way: str, shape: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -261,6 +291,8 @@ def _worker(way: str, shape: str) -> None:
             dtype = "bfloat16" if "bfloat16" in way else "float32"
             if way.startswith("floor"):
                 seconds, tokens = _floor(name, dtype)
+            elif way in MEASURED:
+                seconds, tokens = _held_out(name, way, dtype)
             elif "one sequence" in way:
                 seconds, tokens = _ours(name, place, dtype, steps=8, gradient_accumulation=1)
             elif way.startswith("ours"):
