@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from peft import PeftModel
 
@@ -238,14 +239,14 @@ def step_memory(inputs: TrainingInputs, model: PeftModel) -> tuple[int, int]:
     the activations are the inputs of all blocks and everything inside one block.
     """
     base = inputs.base
-    rows = base.probe_sequences()
+    row = np.concatenate(base.probe_sequences())[: base.max_context]  # fills a padded length
     blocks: list[Any] = [
         block for block in model.modules() if getattr(block, "gradient_checkpointing", None) is True
     ]
     for block in blocks:
         block.gradient_checkpointing = False
-    one_row, two_rows = _activation_bytes(inputs, model, rows[:1]), _activation_bytes(inputs, model, rows)
-    per_token = max(two_rows - one_row, 0) / len(rows[1])  # without weights and masks
+    one_row, two_rows = (_activation_bytes(inputs, model, [row] * count) for count in (1, 2))
+    per_token = max(two_rows - one_row, 0) / len(row)  # without weights and masks
     for block in blocks:
         block.gradient_checkpointing = True
     if blocks:

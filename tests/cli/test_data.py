@@ -122,7 +122,7 @@ def test_labels_with_comma_are_given_in_quotes(gpt2, tmp_path):
     rows = [{"text": f"row {n} of {labels[n % 3]}", "label": labels[n % 3]} for n in range(30)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     options = ("--label-column", "label", "--labels", '"Berlin, Mitte",Bonn', "--labels", "Rome")
-    shown = run("data", "rows.jsonl", *options).stdout
+    shown = data(gpt2, "rows.jsonl", *options).stdout
     assert "Berlin, Mitte 10" in " ".join(shown.split())
 
 
