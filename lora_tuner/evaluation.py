@@ -507,7 +507,7 @@ def _nll(
         model.eval()
         packed = fused_blocks.packs_rows(base.model)
         sequences = [rows] if packed else [[row] for row in rows]
-        inputs = packing.collate(sequences, base.tokenizer.pad_token_id, cu_seqlens=packed)
+        inputs = packing.collate(sequences, base.tokenizer.pad_token_id, cu_seqlens=packed, pad_to_step=packed)
         labels = inputs.pop("labels").to(base.device)
         output = model(**{name: tensor.to(base.device) for name, tensor in inputs.items()}, use_cache=False)
         nll = base.lm_head.nll(output.logits, labels).cpu().double()

@@ -137,7 +137,7 @@ class PackedSequences(torch.utils.data.Dataset[PackedRows]):
 
 
 def collate(
-    items: Sequence[Sequence[TokenIds]], pad_id: int, *, cu_seqlens: bool = False
+    items: Sequence[Sequence[TokenIds]], pad_id: int, *, cu_seqlens: bool = False, pad_to_step: bool = False
 ) -> dict[str, torch.Tensor]:
     """Collate items into a batch padded on the right.
 
@@ -147,14 +147,15 @@ def collate(
 
     Args:
         cu_seqlens: Add `cu_seq_lens_q`: the starts of all rows in the flattened batch, and its
-            length. Padding ends at a multiple of LENGTH_STEP.
+            length.
+        pad_to_step: Padding ends at a multiple of LENGTH_STEP, which may be beyond the context of the base.
 
     Returns:
         `input_ids`, `position_ids` and `labels`, each int64 of shape (items, longest item);
         `cu_seq_lens_q` has shape (rows + 1,).
     """
     longest = max(sum(map(len, item)) for item in items)
-    if cu_seqlens:
+    if pad_to_step:
         longest = round_up(longest)
     values = torch.full((len(items), longest), ~pad_id)  # below zero: no label
     positions = torch.zeros_like(values)

@@ -250,7 +250,7 @@ def _forward(base: LoadedBase, rows: Sequence[TokenIds]) -> tuple[torch.Tensor, 
     """
     packed = fused_blocks.packs_rows(base.model)
     sequences = [rows] if packed else [[row] for row in rows]
-    inputs = packing.collate(sequences, base.tokenizer.pad_token_id, cu_seqlens=packed)
+    inputs = packing.collate(sequences, base.tokenizer.pad_token_id, cu_seqlens=packed, pad_to_step=packed)
     inputs = {name: tensor.to(base.device) for name, tensor in inputs.items()}
     labels = inputs.pop("labels")
     return base.model(**inputs, use_cache=False).logits, labels, packed

@@ -72,10 +72,15 @@ class TrainingInputs(EncodedRows):
     def collate(self, items: Sequence[PackedRows]) -> dict[str, torch.Tensor]:
         """Make a batch of sequences, each a list of rows."""
         self.base.check_token_ids(row for rows in items for row in rows)
-        pad_id = self.base.tokenizer.pad_token_id
-        batch = packing.collate(items, pad_id, cu_seqlens=self.varlen_attention)
+        collate = partial(
+            packing.collate,
+            pad_id=self.base.tokenizer.pad_token_id,
+            cu_seqlens=self.varlen_attention,
+            pad_to_step=self.kernels is not None,
+        )
+        batch = collate(items)
         if self.objective is not None:
-            self.objective.add_fields(batch, items, pad_id, cu_seqlens=self.varlen_attention)
+            self.objective.add_fields(batch, items, collate)
         return batch
 
     def forward(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 
 from ..config import DEFAULT_BETA, TrainConfig
-from ..data import packing
 from ..data.packing import IGNORE_INDEX, PackedRows
 from ..data.tokenization import TokenIds, token_ids
 from ..errors import TrainingError
@@ -59,13 +58,18 @@ class PreferenceObjective:
         kind = "desired" if self.weights[0] > 1 else "undesired"
         return f"{text}: each {kind} one weighs {weight:.3g} times as much, so that both kinds count alike."
 
-    def add_fields(self, batch: Batch, items: Sequence[PackedRows], pad_id: int, *, cu_seqlens: bool) -> None:
+    def add_fields(
+        self,
+        batch: Batch,
+        items: Sequence[PackedRows],
+        collate: Callable[[Sequence[Sequence[TokenIds]]], Batch],
+    ) -> None:
         """Add what the loss needs to a batch of sequences: `rows`, the numbers of all its rows; with
         ORPO `text_labels`, with KTO the batch of the mismatched rows."""
         batch["rows"] = torch.tensor([number for item in items for number in item.numbers])
         if self.name == "orpo":  # its loss on text includes the prompts of chosen answers
             texts = [[row if side % 2 else token_ids(row) for side, row in enumerate(item)] for item in items]
-            batch["text_labels"] = packing.collate(texts, pad_id, cu_seqlens=cu_seqlens)["labels"]
+            batch["text_labels"] = collate(texts)["labels"]
         if self.name == "kto":
             others = [
                 [
@@ -74,7 +78,7 @@ class PreferenceObjective:
                 ]
                 for item in items
             ]
-            fields = packing.collate(others, pad_id, cu_seqlens=cu_seqlens)
+            fields = collate(others)
             batch |= {_OTHER + name: tensor for name, tensor in fields.items()}
 
     def count(self, batches: Sequence[Batch]) -> torch.Tensor:

@@ -239,7 +239,7 @@ def step_memory(inputs: TrainingInputs, model: PeftModel) -> tuple[int, int]:
     the activations are the inputs of all blocks and everything inside one block.
     """
     base = inputs.base
-    row = np.concatenate(base.probe_sequences())[: base.max_context]  # fills a padded length
+    row = np.concatenate(base.probe_sequences())[: max(base.max_context // 2, 1)]
     blocks: list[Any] = [
         block for block in model.modules() if getattr(block, "gradient_checkpointing", None) is True
     ]

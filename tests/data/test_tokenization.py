@@ -164,8 +164,8 @@ def test_collate_pads_to_longest_item():
 
 
 @pytest.mark.parametrize(("length", "padded"), [(1, 32), (31, 32), (32, 32), (33, 64)])
-def test_length_with_boundaries_recurs(length, padded):
-    batch = collate([rows(length)], pad_id=0, cu_seqlens=True)
+def test_padded_length_recurs(length, padded):
+    batch = collate([rows(length)], pad_id=0, cu_seqlens=True, pad_to_step=True)
     assert batch["input_ids"].shape == (1, padded)
     assert (batch["labels"][0, length:] == IGNORE_INDEX).all()
     assert batch["cu_seq_lens_q"].tolist() == [0, padded]
