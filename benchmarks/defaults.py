@@ -18,8 +18,9 @@ from peft import EvaConfig, initialize_lora_eva_weights
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 
-from lora_tuner import TrainConfig, evaluation
+from lora_tuner import TrainConfig
 from lora_tuner.config import EMBEDDED_BASE
+from lora_tuner.evaluation import held_out_loss
 from lora_tuner.models import lora
 from lora_tuner.models.base_files import quiet_transformers
 from lora_tuner.training.setup import TrainingSetup, prepare_training
@@ -145,7 +146,7 @@ def _train(
     steps = max(1, round(left / pace))
     setup = replace(setup, config=setup.config.model_copy(update={"max_steps": steps}))
     with setup.model.disable_adapter():
-        before = evaluation.measure_base_loss(setup.base, setup.held_out).loss
+        before = held_out_loss.measure_base_loss(setup.base, setup.held_out).loss
     _trained(setup, ratio)
-    loss = evaluation.measure_loss(setup.model, setup.base, setup.held_out).loss
+    loss = held_out_loss.measure_loss(setup.model, setup.base, setup.held_out).loss
     return loss, before - loss, steps

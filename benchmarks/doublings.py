@@ -21,12 +21,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_tuner import TrainConfig, atomic_io, evaluation
+from lora_tuner import TrainConfig, atomic_io
 from lora_tuner.adapters import growth
 from lora_tuner.adapters.gains import HeldOutLoss, gain_covariance, paired_gain
 from lora_tuner.config import EMBEDDED_BASE
 from lora_tuner.data.dataset import load_dataset
 from lora_tuner.errors import ignore_events
+from lora_tuner.evaluation import held_out_loss
 from lora_tuner.models.base_files import quiet_transformers
 from lora_tuner.training.inputs import TrainingInputs, load_inputs, reload_rows
 from lora_tuner.training.setup import prepare_training
@@ -144,11 +145,11 @@ def _train(data: Path, run: Run, inputs: dict[tuple[str, int, int], TrainingInpu
         elif key not in inputs:
             inputs[key] = load_inputs(config, ignore_events)
         if trial == BASE:
-            return evaluation.measure_base_loss(inputs[key].base, inputs[key].held_out)
+            return held_out_loss.measure_base_loss(inputs[key].base, inputs[key].held_out)
         setup = replace(prepare_training(config, inputs=inputs[key]), curve=None)
         try:
             LoraTrainer(setup, Path(folder)).train()
-            return evaluation.measure_loss(setup.model, setup.base, setup.held_out)
+            return held_out_loss.measure_loss(setup.model, setup.base, setup.held_out)
         finally:
             setup.remove_lora()
 

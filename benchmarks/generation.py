@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from lora_tuner import Generator, ModelOptions, SamplingParams, TrainConfig, evaluation
+from lora_tuner import Generator, ModelOptions, SamplingParams, TrainConfig
 from lora_tuner.config import EMBEDDED_BASE
 from lora_tuner.data.dataset import load_dataset
+from lora_tuner.evaluation import held_out_loss
 from lora_tuner.inference.constraints import Grammar, GrammarCompiler
 from lora_tuner.inference.sequence import Sequence
 from lora_tuner.models.base_files import quiet_transformers
@@ -216,7 +217,9 @@ def _losses() -> list[Figure]:
     losses = {}
     for way, options in PRECISIONS.items():
         base = load_base(find_base(EMBEDDED_BASE), options)
-        losses[way] = evaluation.measure_loss(base.model, base, evaluation.encode_held_out(base, texts)).loss
+        losses[way] = held_out_loss.measure_loss(
+            base.model, base, held_out_loss.encode_held_out(base, texts)
+        ).loss
     exact = losses["float32"]
     return [
         figure(f"held-out loss, {HELD_OUT} reviews: {way} over float32", loss - exact, "nats", f"{loss:.4f}")

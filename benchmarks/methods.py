@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_tuner import TrainConfig, evaluation
+from lora_tuner import TrainConfig
 from lora_tuner.config import EMBEDDED_BASE, METHODS
+from lora_tuner.evaluation import held_out_loss
 from lora_tuner.models import initialization, lora
 from lora_tuner.models.base_files import quiet_transformers
 from lora_tuner.training.setup import prepare_training
@@ -77,11 +78,11 @@ def train_once(settings: dict[str, Any], seed: int) -> tuple[float, float, float
         )
         initialization.initialize = initialize
     with setup.model.disable_adapter():
-        base_loss = evaluation.measure_base_loss(setup.base, setup.held_out).loss
+        base_loss = held_out_loss.measure_base_loss(setup.base, setup.held_out).loss
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         trainer = LoraTrainer(setup, Path(folder))
         trainer.train()
         step_seconds = [entry["seconds"] for entry in trainer.state.log_history if "loss" in entry]
-    loss = evaluation.measure_loss(setup.model, setup.base, setup.held_out).loss
+    loss = held_out_loss.measure_loss(setup.model, setup.base, setup.held_out).loss
     size = lora.count_parameters(setup.model)[0] * 4
     return loss, base_loss - loss, statistics.median(step_seconds), init_seconds[0], size

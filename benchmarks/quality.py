@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from lora_tuner import TrainConfig, evaluation
+from lora_tuner import TrainConfig
 from lora_tuner.config import EMBEDDED_BASE
 from lora_tuner.data.dataset import load_dataset
+from lora_tuner.evaluation import held_out_loss
 from lora_tuner.models.base_files import quiet_transformers
 from lora_tuner.models.loading import LoadedBase
 from lora_tuner.models.resolve import find_base
@@ -55,8 +56,8 @@ def _tutorial() -> tuple[float, float, int]:
         model, tokenizer = recipes.stock(EMBEDDED_BASE)
         clock = recipes.tutorial(model, tokenizer, corpus.train, steps)
     base = LoadedBase(find_base(EMBEDDED_BASE), tokenizer, model, torch.device("cpu"), torch.float32)
-    rows = evaluation.encode_held_out(base, corpus.held_out[:ROWS])
-    return evaluation.measure_loss(model, base, rows).loss, sum(clock.seconds), steps
+    rows = held_out_loss.encode_held_out(base, corpus.held_out[:ROWS])
+    return held_out_loss.measure_loss(model, base, rows).loss, sum(clock.seconds), steps
 
 
 def _ours(minutes: float, dtype: str) -> tuple[float, float, float]:

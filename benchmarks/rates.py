@@ -15,10 +15,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lora_tuner import TrainConfig, evaluation
+from lora_tuner import TrainConfig
 from lora_tuner.adapters.gains import HeldOutLoss, paired_gain
 from lora_tuner.config import EMBEDDED_BASE
 from lora_tuner.errors import DivergedError, ignore_events
+from lora_tuner.evaluation import held_out_loss
 from lora_tuner.models.base_files import quiet_transformers
 from lora_tuner.training.inputs import TrainingInputs, load_inputs
 from lora_tuner.training.setup import prepare_training
@@ -88,7 +89,7 @@ def _train(config: TrainConfig, inputs: TrainingInputs, *, is_base: bool) -> Hel
         try:
             if not is_base:
                 LoraTrainer(setup, Path(folder)).train()
-            return evaluation.measure_loss(setup.model, setup.base, setup.held_out)
+            return held_out_loss.measure_loss(setup.model, setup.base, setup.held_out)
         except DivergedError:
             return HeldOutLoss([float("inf")] * len(setup.held_out), [1] * len(setup.held_out))
         finally:

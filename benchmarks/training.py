@@ -21,9 +21,10 @@ from unittest import mock
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lora_tuner import ModelOptions, TrainConfig, evaluation, train
+from lora_tuner import ModelOptions, TrainConfig, train
 from lora_tuner.config import EMBEDDED_BASE
 from lora_tuner.data.dataset import load_dataset
+from lora_tuner.evaluation import held_out_loss
 from lora_tuner.models import kernels, packing_checks
 from lora_tuner.models.base_files import quiet_transformers
 from lora_tuner.models.layers import layer_sizes
@@ -274,11 +275,11 @@ def _held_out(name: str, way: str, dtype: str) -> tuple[list[float], list[int]]:
     base = load_base(find_base(name), ModelOptions(dtype=dtype))
     if way == MEASURED[0]:
         packing_checks.enable_fast_paths(base)
-    rows = evaluation.encode_held_out(base, load_dataset(TrainConfig(max_rows=ROWS)).held_out[:HELD_OUT])
+    rows = held_out_loss.encode_held_out(base, load_dataset(TrainConfig(max_rows=ROWS)).held_out[:HELD_OUT])
     times = []
     for _ in range(2):
         start = time.perf_counter()
-        evaluation.measure_loss(base.model, base, rows)
+        held_out_loss.measure_loss(base.model, base, rows)
         times.append(time.perf_counter() - start)
     return times, [sum(map(len, rows))] * 2
 

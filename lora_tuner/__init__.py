@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .convert.merge import MergeResult, merge
     from .data.eval_sets import EvalSet
     from .errors import Interrupted, LoraTunerError, Notice, Progress
-    from .evaluation import GainMatrix, evaluate
+    from .evaluation.gain_matrix import GainMatrix, evaluate
     from .inference.classification import Classification, classify
     from .inference.generator import GenerationOutput, Generator
     from .training.profiling import RunEstimate
@@ -46,7 +46,7 @@ _HOMES = {  # public name -> module that defines it
     "Classification": "inference.classification",
     "CompressResult": "convert.compress",
     "EvalSet": "data.eval_sets",
-    "GainMatrix": "evaluation",
+    "GainMatrix": "evaluation.gain_matrix",
     "GenerationOutput": "inference.generator",
     "Generator": "inference.generator",
     "Interrupted": "errors",
@@ -67,7 +67,7 @@ _HOMES = {  # public name -> module that defines it
     "blend": "convert.blend",
     "classify": "inference.classification",
     "compress": "convert.compress",
-    "evaluate": "evaluation",
+    "evaluate": "evaluation.gain_matrix",
     "export_model": "convert.export_model",
     "export_ollama": "convert.export_ollama",
     "make_report": "analysis.report",

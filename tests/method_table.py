@@ -6,12 +6,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from lora_tuner import Generator, Library, ModelOptions, SamplingParams, TrainConfig, evaluation, train
+from lora_tuner import Generator, Library, ModelOptions, SamplingParams, TrainConfig, train
 from lora_tuner.config import METHODS
 from lora_tuner.convert import blend as convert_blend
 from lora_tuner.convert import compress, export_gguf
 from lora_tuner.convert import merge as convert_merge
 from lora_tuner.errors import LoraTunerError
+from lora_tuner.evaluation import gain_matrix
 
 from . import tiny_models
 
@@ -56,7 +57,7 @@ class Trial:
         assert batched[1].text == generator.generate("the actor", GREEDY).text
 
     def evaluate(self) -> None:
-        cell = evaluation.evaluate([self.library.get("one")], options=self.options).cells[0][0]
+        cell = gain_matrix.evaluate([self.library.get("one")], options=self.options).cells[0][0]
         assert cell is not None
         assert abs(cell.loss - self.loss) < 1e-3
 

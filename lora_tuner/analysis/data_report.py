@@ -345,7 +345,7 @@ def _measure_losses(
     config: TrainConfig, rows: Sequence[SampledRow], limit: int, excerpts: Excerpts, notify: EventHandler
 ) -> Losses | None:
     """Measure the base on rows as on held-out rows; None if none of them has anything to predict."""
-    from .. import evaluation
+    from ..evaluation import held_out_loss
     from ..models import loading, packing_checks
 
     options = ModelOptions(
@@ -359,12 +359,12 @@ def _measure_losses(
     base = loading.open_base(None, options, training=True)
     packing_checks.enable_fast_paths(base)
     rows = spread(rows, limit)
-    encoded = evaluation.encode_measured(base, [preferences.first_side(row.text) for row in rows], {})
+    encoded = held_out_loss.encode_measured(base, [preferences.first_side(row.text) for row in rows], {})
     if not encoded:
         notify(Notice("No row has anything to predict, so no loss is measured."))
         return None
     measured = [rows[index] for index in encoded]
-    result = evaluation.measure_base_loss(base, [*encoded.values()], notify)
+    result = held_out_loss.measure_base_loss(base, [*encoded.values()], notify)
     losses = [nll / tokens for nll, tokens in zip(result.nll, result.predictions, strict=True)]
     order = sorted(range(len(losses)), key=losses.__getitem__)
 

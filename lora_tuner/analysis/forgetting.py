@@ -9,13 +9,13 @@ first report, and of an interrupted one the kinds that were measured.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .. import evaluation
 from ..adapters.gains import paired_gain
 from ..adapters.manifest import EvalResult
 from ..adapters.report import ForgettingFigures
 from ..data.eval_sets import EvalSet
 from ..data.general_text import general_texts
 from ..errors import AdapterError, EventHandler, Notice, Progress
+from ..evaluation import gain_matrix
 from ..models.loading import LoadedBase
 from ..text import describe_gain, display_name, format_gain, format_names, shorten
 from .subject import ReportSubject
@@ -52,7 +52,7 @@ def measure_forgetting(
     """Measure base and adapter on the general text, and on texts of your own.
 
     Args:
-        base: the base of the adapter, as training has it (`evaluation.open_base`).
+        base: the base of the adapter, as training has it (`gain_matrix.open_base`).
         guards: further texts, each a kind by its name.
 
     Raises:
@@ -62,9 +62,9 @@ def measure_forgetting(
     sets = [*kinds, *guards]
     total = 2 * sum(len(rows.texts) for rows in sets)
     notify = _as_one_part(options.notify, total)
-    (pairs,) = evaluation.held_out_losses(base, {adapter.name: adapter}, sets, notify, options=options)
+    (pairs,) = gain_matrix.held_out_losses(base, {adapter.name: adapter}, sets, notify, options=options)
     options.notify(Progress("forgetting", total, total))
-    general = evaluation.pooled_gain(pairs[: len(kinds)])
+    general = gain_matrix.pooled_gain(pairs[: len(kinds)])
     if general is None:
         raise AdapterError(f"no text fits into the context of {base.files.name}")
     results = [paired_gain(*pair) if pair else None for pair in pairs]

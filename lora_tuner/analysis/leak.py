@@ -7,7 +7,6 @@ from the dataset that run.yaml names, and compared as training would (data/near_
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from .. import evaluation
 from ..adapters.adapter import RUN_FILE, Adapter
 from ..adapters.gains import gain_on, paired_gain
 from ..adapters.manifest import EvalResult
@@ -21,6 +20,7 @@ from ..data.preferences import first_side
 from ..data.rows import Source, iter_rows
 from ..data.splitting import is_held_out
 from ..errors import DataError, EventHandler, LoraTunerError, Notice, Progress
+from ..evaluation import gain_matrix, held_out_loss
 from ..models import lora
 from ..models.loading import LoadedBase
 from ..models.tokenizer import load_adapter_tokenizer
@@ -76,7 +76,7 @@ def measure_leak(
     base: LoadedBase | None = None
     leaks = []
     for adapter in adapters:
-        rows = evaluation.cached_rows(adapter, options.notify, all_rows=eval_rows is not None)
+        rows = gain_matrix.cached_rows(adapter, options.notify, all_rows=eval_rows is not None)
         (rows,) = eval_sets.select_rows([rows], eval_rows)
         try:
             if rows.missing:
@@ -85,7 +85,7 @@ def measure_leak(
         except LoraTunerError as error:
             leaks.append(Leak(adapter.name, missing=str(error).rstrip(".")))
             continue
-        base = base or evaluation.open_base_of(adapters, options)
+        base = base or gain_matrix.open_base_of(adapters, options)
         lora.check_base(adapter, base, options)
         leaks.append(_measure(base, adapter, rows, leak, copied, options))
     return leaks
@@ -155,11 +155,11 @@ def _measure(
     base: LoadedBase, adapter: Adapter, rows: EvalSet, leak: Leak, copied: set[str], options: ModelOptions
 ) -> Leak:
     tokenizer = load_adapter_tokenizer(adapter, base, options)
-    encoded = evaluation.encode_measured(
+    encoded = held_out_loss.encode_measured(
         base if tokenizer is None else replace(base, tokenizer=tokenizer), rows.texts, {}
     )
     rows = rows.select([*encoded])
-    ((pair,),) = evaluation.held_out_losses(
+    ((pair,),) = gain_matrix.held_out_losses(
         base, {adapter.name: adapter}, [rows], options.notify, options=options
     )
     if pair is None:

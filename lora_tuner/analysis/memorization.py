@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-from .. import evaluation
 from ..adapters.gains import HeldOutLoss, paired_gain
 from ..adapters.report import MemorizationFigures, MemorizationSide
 from ..config import HELD_OUT_MAX_TOKENS
 from ..data import chat
 from ..data.eval_sets import EvalSet
 from ..errors import DataError
+from ..evaluation import gain_matrix, held_out_loss
 from ..models.loading import LoadedBase
 from ..models.tokenizer import load_adapter_tokenizer
 from ..text import format_count, format_gain
@@ -111,7 +111,7 @@ def measure_losses(subject: ReportSubject, rows: ComparedRows, base: LoadedBase)
     adapter, options, most = subject.adapter, subject.options, rows.seen_tokens
     tokenizer = load_adapter_tokenizer(adapter, base, options)
     reader = base if tokenizer is None else replace(base, tokenizer=tokenizer)
-    encode = partial(evaluation.encode_measured, reader, invalid={}, max_tokens=most)
+    encode = partial(held_out_loss.encode_measured, reader, invalid={}, max_tokens=most)
     training = [row for row in rows.rows if row.is_train]
     unseen = [row for row in rows.rows if not row.is_train]
     lengths = [len(row) for row in encode([row.text for row in unseen]).values()]
@@ -129,7 +129,7 @@ def measure_losses(subject: ReportSubject, rows: ComparedRows, base: LoadedBase)
     losses: dict[tuple[str, bool], RowLoss] = {}
     for is_train, (kind, texts) in sides.items():
         measured = [texts[index] for index in encode(texts)]
-        ((pair,),) = evaluation.held_out_losses(
+        ((pair,),) = gain_matrix.held_out_losses(
             base,
             {adapter.name: adapter},
             [EvalSet(f"its {kind} rows", measured)],

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar, TypeVarTuple
 
-from .. import atomic_io, evaluation
+from .. import atomic_io
 from ..adapters.adapter import CARD_FILE, Adapter, check_weights_hash
 from ..adapters.growth import find_growth
 from ..adapters.library import Library
@@ -33,6 +33,7 @@ from ..errors import (
     ignore_events,
     os_error_message,
 )
+from ..evaluation import gain_matrix
 from ..inference.generator import Generator
 from ..models import lora
 from ..text import display_name, format_count, format_duration, format_gain
@@ -134,7 +135,7 @@ def make_report(
     of_memorization: MemorizationReport | None = None
     of_forgetting: ForgettingReport | None = None
     if parts.has("style", "memorization", "forgetting"):
-        base = evaluation.open_base_of([adapter], options)
+        base = gain_matrix.open_base_of([adapter], options)
         lora.check_base(adapter, base, options)
         if not has_texts:
             pace = Pace(0.0, seconds_per_measured_token(base))

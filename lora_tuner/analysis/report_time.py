@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import evaluation
 from ..adapters.adapter import Adapter
 from ..config import SamplingParams
 from ..data.eval_sets import EvalSet
 from ..data.general_text import general_texts
+from ..evaluation import held_out_loss
 from ..inference.generator import EncodedPrompt, Generator
 from ..models.loading import LoadedBase
 from .memorization import LOSS_TOKENS
@@ -57,7 +57,7 @@ def seconds_per_measured_token(base: LoadedBase) -> float:
 
     def seconds() -> float:
         start = time.perf_counter()
-        evaluation.measure_loss(base.model, base, rows)
+        held_out_loss.measure_loss(base.model, base, rows)
         return time.perf_counter() - start
 
     seconds()  # the first call is slower

@@ -205,14 +205,14 @@ def reading_features(
 
 def _losses(texts: Sequence[str], base: "LoadedBase", notify: EventHandler) -> Array:
     """Summed negative log-likelihood of each text in nats; 0 for one without predictions."""
-    from .. import evaluation
+    from ..evaluation import held_out_loss
 
     encoded = tokenization.encode_texts(base.tokenizer, texts, add_eos=False)
     rows = tokenization.truncate(encoded, min(HELD_OUT_MAX_TOKENS, base.max_context))
     measured = [number for number, row in enumerate(rows) if tokenization.count_predictions(row)]
     losses = np.zeros(len(texts))
     if measured:
-        result = evaluation.measure_base_loss(base, [rows[number] for number in measured], notify)
+        result = held_out_loss.measure_base_loss(base, [rows[number] for number in measured], notify)
         losses[measured] = result.nll
     return losses
 

@@ -13,13 +13,14 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from .. import atomic_io, evaluation
+from .. import atomic_io
 from ..adapters.adapter import RUN_FILE, Adapter, load_adapter_folder
 from ..config import HELD_OUT_MAX_TOKENS, ModelOptions, SamplingParams, TrainConfig
 from ..data import eval_sets, labels, packing, preferences, tokenization
 from ..data.dataset import Dataset, load_dataset
 from ..data.eval_sets import EvalSet
 from ..errors import DataError, EventHandler, LoraTunerError, Progress, ignore_events
+from ..evaluation import gain_matrix, held_out_loss
 from ..inference.generator import EncodedPrompt, GenerationOutput, Generator
 from ..inference.sampling import choose_seed, sequence_seed
 from ..inference.sequence import FinishReason
@@ -55,7 +56,7 @@ def load_subject(
         generator: has the adapter in memory, with its tokenizer; None leaves the training rows out.
     """
     config: TrainConfig | None = None
-    (held_out,) = eval_sets.select_rows([evaluation.cached_rows(adapter, options.notify)])
+    (held_out,) = eval_sets.select_rows([gain_matrix.cached_rows(adapter, options.notify)])
     texts, missing = list[str](), "they were not read"
     try:
         config = config_of_run(adapter)
@@ -217,7 +218,7 @@ def generator_identity(generator: Generator, adapter: str | None) -> list[object
     weights: list[object] = []
     if adapter is not None:
         generator.get_or_load(adapter)
-        weights = evaluation.weights_key(load_adapter_folder(generator.folder_of(adapter)))
+        weights = held_out_loss.weights_key(load_adapter_folder(generator.folder_of(adapter)))
     return [base.files.fingerprint, str(base.dtype), base.load_in, base.device.type, weights]
 
 

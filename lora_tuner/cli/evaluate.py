@@ -29,7 +29,7 @@ from .options import (
 if TYPE_CHECKING:
     from ..adapters.adapter import Adapter
     from ..analysis.leak import Leak
-    from ..evaluation import GainMatrix
+    from ..evaluation.gain_matrix import GainMatrix
 
 
 @settings_options(TrainConfig, *EVAL_SET_FIELDS)
@@ -99,9 +99,9 @@ def evaluate(
         show_json({"adapters": [each.to_dict() for each in leaks]}) if as_json else show_leaks(leaks)
         return
     sets = eval_sets_from(overrides, eval_rows, loaded)
-    from .. import evaluation
+    from ..evaluation import gain_matrix
 
-    matrix = evaluation.evaluate(loaded, sets, eval_rows=eval_rows, options=options)
+    matrix = gain_matrix.evaluate(loaded, sets, eval_rows=eval_rows, options=options)
     if plot:
         with atomic_io.atomic_file(plot) as file:
             matrix.plot(file)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .. import atomic_io, evaluation
+from .. import atomic_io
 from ..adapters import compatibility, model_card
 from ..adapters.adapter import (
     CARD_FILE,
@@ -27,6 +27,7 @@ from ..data.eval_sets import EvalSet
 from ..data.prompts import held_out_prompts
 from ..data.splitting import content_hash
 from ..errors import AdapterError, EventHandler, Notice
+from ..evaluation import gain_matrix, held_out_loss
 from ..inference import probes
 from ..models import delta, loading, lora
 from ..models.base_files import BaseModelFiles
@@ -149,8 +150,8 @@ def distinct_eval_sets(
     Missing and repeated sets are left out, with a notice.
     """
     if sets is None:
-        sets = [evaluation.cached_rows(adapter, notify) for adapter in adapters]
-        evaluation.notify_eval_rows(adapters, notify)
+        sets = [gain_matrix.cached_rows(adapter, notify) for adapter in adapters]
+        gain_matrix.notify_eval_rows(adapters, notify)
     distinct: list[EvalSet] = []
     seen: set[str] = set()
     for eval_set in eval_sets.select_rows(sets):
@@ -177,7 +178,9 @@ def encode_eval_sets(
 
     `vocab_size` is that of an adapter with others than the base, 0 for the base's.
     """
-    rows = [row for eval_set in sets for row in evaluation.encode_held_out(base, eval_set.texts, {}, vocab_size)]
+    rows = [
+        row for eval_set in sets for row in held_out_loss.encode_held_out(base, eval_set.texts, {}, vocab_size)
+    ]
     return rows or list(base.probe_sequences())
 
 
@@ -232,7 +235,7 @@ def write_adapter(
     lora.save_adapter_files(delta.to_state_dict(deltas), delta.make_lora_config(deltas, base), folder)
     _copy_tokenizer(parents, folder, notify)
     written = load_adapter_folder(folder)
-    losses = evaluation.held_out_losses(base, {name: written}, sets, notify)[0]
+    losses = gain_matrix.held_out_losses(base, {name: written}, sets, notify)[0]
     data = _dataset_info(parents, sets, parents_sets)
     manifest = Manifest(
         created=utc_timestamp(),
@@ -240,7 +243,7 @@ def write_adapter(
         data=data,
         made_by=command,
         parents=[parent.parent_info() for parent in parents],
-        result=evaluation.pooled_gain(losses),
+        result=gain_matrix.pooled_gain(losses),
         labels=_shared_labels(parents),
         weights=weights_info(written),
         versions=lora.library_versions(),

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .. import evaluation
 from ..adapters import plots
 from ..adapters.adapter import SPECTRUM_FILE, Adapter
 from ..adapters.library import Library
@@ -14,6 +13,7 @@ from ..adapters.manifest import EvalResult
 from ..config import ModelOptions
 from ..data.eval_sets import EvalSet
 from ..errors import AdapterError, ConfigError
+from ..evaluation import gain_matrix
 from ..models import delta
 from ..models.delta import Deltas
 from ..models.layers import adaptable_layers
@@ -106,7 +106,7 @@ def compress(
     ranks = _ranks_for_energy(spectra, energy)
     kept = {module: delta.truncate_rank(exact[module], rank) for module, rank in ranks.items()}
     parents_sets, sets = sets is None, distinct_eval_sets([adapter], sets, eval_rows, options.notify)
-    losses_before = evaluation.held_out_losses(base, {adapter.name: adapter}, sets, options.notify)[0]
+    losses_before = gain_matrix.held_out_losses(base, {adapter.name: adapter}, sets, options.notify)[0]
     bytes_before = adapter.bytes  # the adapter may be overwritten
     with library.create(name, overwrite=overwrite) as folder:
         plots.plot_spectra(
@@ -117,7 +117,7 @@ def compress(
         )
         lost_energy = delta.lost_energy(exact, delta.load_deltas(written, layers))
     compressed = library.get(name)
-    before, after = evaluation.pooled_gain(losses_before), evaluation.pooled_gain(losses_after)
+    before, after = gain_matrix.pooled_gain(losses_before), gain_matrix.pooled_gain(losses_after)
     return CompressResult(
         adapter=compressed,
         ranks={module: (update.rank, ranks.get(module, 0)) for module, update in exact.items()},

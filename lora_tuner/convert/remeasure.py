@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from .. import atomic_io, evaluation
+from .. import atomic_io
 from ..adapters.adapter import MANIFEST_FILE, Adapter, check_weights_hash, load_adapter_folder
 from ..config import ModelOptions
 from ..errors import AdapterError, Notice
+from ..evaluation import gain_matrix
 from ..inference import probes
 from ..models import lora
 
@@ -21,14 +22,14 @@ def remeasure(adapters: Sequence[Adapter], options: ModelOptions = ModelOptions(
     for adapter in adapters:
         if adapter.manifest is None:
             raise AdapterError(f"{adapter.name} has no manifest: write one with `adapters adopt`.")
-    base = evaluation.open_base_of(adapters, options)
+    base = gain_matrix.open_base_of(adapters, options)
     for adapter in adapters:
         lora.check_base(adapter, base, options)
         check_weights_hash(adapter)
     written = []
     for adapter in adapters:
         assert adapter.manifest is not None
-        rows = evaluation.cached_rows(adapter, options.notify, all_rows=False)
+        rows = gain_matrix.cached_rows(adapter, options.notify, all_rows=False)
         if rows.missing:
             text = f"{adapter.name}: {rows.missing}. Its probes are neutral prompts."
             options.notify(Notice(text))

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from .. import distributed, evaluation
+from .. import distributed
 from ..adapters.label_info import LabelFigures, LabelInfo
 from ..config import TrainConfig
 from ..data import labels
 from ..data.dataset import Dataset
 from ..data.row_template import read_template
 from ..errors import AdapterError, EventHandler, GenerationError, LoraTunerError, Notice, Progress, TrainingError
+from ..evaluation import held_out_loss
 from ..inference import classification
 from ..inference.classification import LabelPrompts
 from ..inference.hf_decoder import HFDecoder
@@ -158,7 +159,7 @@ def _score(
             for prefix in prefixes
             for ending in prompts.endings
         ]
-        nll = evaluation.measure_loss(model, base, rows, notify, stage=stage).nll
+        nll = held_out_loss.measure_loss(model, base, rows, notify, stage=stage).nll
         return _finite(-torch.tensor(nll, dtype=torch.float64).view(len(prefixes), -1))
     own = [*range(distributed.rank(), len(prefixes), distributed.world_size())]
     scores = torch.zeros(len(prefixes), len(prompts.endings), dtype=torch.float64)

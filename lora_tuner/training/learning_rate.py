@@ -21,12 +21,13 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 
-from .. import distributed, evaluation
+from .. import distributed
 from ..config import METHODS, TrainConfig
 from ..data.mixing import mix
 from ..data.packing import PackedRows
 from ..data.tokenization import TokenIds, count_predictions
 from ..errors import EventHandler, Notice, Progress, ignore_events
+from ..evaluation import held_out_loss
 from ..text import format_count, format_duration
 from .inputs import TrainingInputs, count_labels
 from .profiling import MEASURED_STEPS, StepProfile, tokens_per_step
@@ -283,7 +284,7 @@ def _choosing_rows(inputs: TrainingInputs) -> tuple[list[TokenIds], list[str], b
         text for text in dataset.held_out if text not in reported and groups.get(text) not in reported_groups
     )
     texts = [*itertools.islice(others, MAX_ROWS)]
-    encoded = evaluation.encode_measured(inputs.base, texts, {})
+    encoded = held_out_loss.encode_measured(inputs.base, texts, {})
     if len(encoded) < MIN_ROWS:
         return inputs.held_out[:MAX_ROWS], inputs.measured_texts[:MAX_ROWS], True
     return [*encoded.values()], [texts[index] for index in encoded], False

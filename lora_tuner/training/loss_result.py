@@ -10,13 +10,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .. import distributed, evaluation
+from .. import distributed
 from ..adapters.gains import HeldOutLoss, LossPair, paired_gain
 from ..adapters.manifest import EvalResult
 from ..data.general_text import general_texts
 from ..data.tokenization import TokenIds
 from ..errors import EventHandler, LoraTunerError, Notice, Progress, TrainingError, ignore_events
-from ..evaluation import Context
+from ..evaluation import gain_matrix, held_out_loss
+from ..evaluation.held_out_loss import Context
 from ..inference import probes
 from ..inference.probes import TokenGains
 from . import profiling
@@ -41,8 +42,8 @@ def check_base(setup: TrainingSetup) -> None:
     """
     rows = sorted(setup.sequences.rows[:_CANDIDATES], key=len)[:_CHECKED]
     with setup.model.disable_adapter():
-        loss = evaluation.measure_loss(setup.base.model, setup.base, rows)
-    evaluation.check_base_loss(setup.base, loss, "training loss")
+        loss = held_out_loss.measure_loss(setup.base.model, setup.base, rows)
+    held_out_loss.check_base_loss(setup.base, loss, "training loss")
 
 
 def begin_curve(setup: TrainingSetup, log: list[LogEntry]) -> str:
@@ -58,7 +59,7 @@ def begin_curve(setup: TrainingSetup, log: list[LogEntry]) -> str:
     if setup.parent or any(entry["step"] == 0 and HELD_OUT_LOSSES & entry.keys() for entry in log):
         return rows
     with setup.model.disable_adapter():
-        loss = evaluation.measure_base_loss(setup.base, setup.curve_rows, _curve_notify(setup)).loss
+        loss = held_out_loss.measure_base_loss(setup.base, setup.curve_rows, _curve_notify(setup)).loss
     log.insert(0, {"step": 0, **setup.curve_metrics(loss)})
     return f"{rows} (base: {loss:.3f})"
 
@@ -76,7 +77,7 @@ def complete_curve(setup: TrainingSetup, log: list[LogEntry]) -> None:
 
 def measure_adapter(setup: TrainingSetup) -> HeldOutLoss:
     """Measure the adapter while it trains, on all held-out rows or those of the curve."""
-    return evaluation.measure_loss(setup.model, setup.base, setup.curve_rows, _curve_notify(setup))
+    return held_out_loss.measure_loss(setup.model, setup.base, setup.curve_rows, _curve_notify(setup))
 
 
 def _curve_notify(setup: TrainingSetup) -> EventHandler:
@@ -92,15 +93,15 @@ def measure_result(setup: TrainingSetup) -> LossPair:
         BaseModelError: that of the base is not.
     """
     rows, groups = setup.held_out, setup.dataset.groups_of(setup.measured_texts)
-    known = evaluation.cached_base_loss(setup.base, rows, setup.notify)
+    known = held_out_loss.cached_base_loss(setup.base, rows, setup.notify)
     blocks = list[LossPair]()
     start = 0
     for end in _block_ends(setup):
         of_base = known.select(range(start, end)) if known else None
         blocks.append(_measure_block(setup, rows[start:end], start, of_base))
-        base, adapter = (evaluation.concatenate(losses) for losses in zip(*blocks, strict=True))
+        base, adapter = (gain_matrix.concatenate(losses) for losses in zip(*blocks, strict=True))
         base, start = replace(base, groups=groups[:end]), end
-        evaluation.check_base_loss(setup.base, base)
+        held_out_loss.check_base_loss(setup.base, base)
         if not math.isfinite(adapter.loss) or is_enough(paired_gain(base, adapter)):
             break
     if start < len(rows) and math.isfinite(adapter.loss):
@@ -109,7 +110,7 @@ def measure_result(setup: TrainingSetup) -> LossPair:
             why = f"they are those of {setup.parent.name}"
         text = f"{start} of {len(rows):,} held-out rows were measured: {why}"
         setup.notify(Notice(f"{text} (--eval-rows {len(rows)} measures all)."))
-    evaluation.measure_cached(setup.base, rows[:start], None, lambda: base)  # for `evaluate`
+    held_out_loss.measure_cached(setup.base, rows[:start], None, lambda: base)  # for `evaluate`
     return base, adapter
 
 
@@ -157,11 +158,11 @@ def measure_pair(
         of_base: loss of the base, if it is known.
     """
     model, base = setup.model, setup.base
-    of_base = of_base or evaluation.cached_base_loss(base, rows, notify)
+    of_base = of_base or held_out_loss.cached_base_loss(base, rows, notify)
     if of_base is not None:
-        return of_base, evaluation.measure_loss(model, base, rows, notify)
+        return of_base, held_out_loss.measure_loss(model, base, rows, notify)
     before, after = _measure_both(setup, rows, notify)
-    evaluation.measure_cached(base, rows, None, lambda: before)
+    held_out_loss.measure_cached(base, rows, None, lambda: before)
     return before, after
 
 
@@ -169,7 +170,7 @@ def _measure_both(
     setup: TrainingSetup, rows: Sequence[TokenIds], notify: EventHandler = ignore_events
 ) -> list[HeldOutLoss]:
     contexts: list[Context] = [setup.model.disable_adapter, contextlib.nullcontext]
-    return evaluation.measure_losses(setup.model, setup.base, rows, contexts, notify)
+    return held_out_loss.measure_losses(setup.model, setup.base, rows, contexts, notify)
 
 
 def measured_fields(setup: TrainingSetup, trained_tokens: int, held_out: LossPair) -> dict[str, object]:
@@ -212,12 +213,12 @@ def _measure_general(setup: TrainingSetup, trained_tokens: int) -> tuple[EvalRes
     if sum(len(text.split()) for text in texts) > budget:  # a word has at least one token
         return None, []
     try:
-        rows = evaluation.encode_held_out(base, texts)
+        rows = held_out_loss.encode_held_out(base, texts)
         lengths = [len(row) for row in rows]
         if not 0 < sum(lengths) <= budget or max(lengths) >= base.max_context:
             return None, []
         before, after = _measure_both(setup, rows)
-        evaluation.check_base_loss(base, before, "loss on it")
+        held_out_loss.check_base_loss(base, before, "loss on it")
         if not math.isfinite(after.loss):
             raise TrainingError(f"the adapter's loss on it is {after.loss}.")
         return paired_gain(before, after), _token_gains(rows, (before, after))

@@ -8,11 +8,11 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from .. import evaluation
 from ..adapters.gains import HeldOutLoss, LossPair, paired_gain
 from ..adapters.manifest import EvalResult
 from ..adapters.preference_info import PairedFigure, PairsByLength, PreferenceInfo
 from ..errors import DivergedError
+from ..evaluation import held_out_loss
 from .advice import lower_rate
 from .loss_result import measure_pair
 from .objectives import PreferenceObjective
@@ -58,7 +58,7 @@ def measure_after(
         DivergedError: that is not finite.
     """
     rejected = measure_pair(setup, setup.rejected, setup.notify)
-    evaluation.check_base_loss(setup.base, rejected[0])
+    held_out_loss.check_base_loss(setup.base, rejected[0])
     if not math.isfinite(loss := rejected[1].loss):
         lower = lower_rate(setup.learning_rate, 10, setup.method)
         raise DivergedError(

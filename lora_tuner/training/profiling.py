@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from .. import distributed, evaluation
+from .. import distributed
 from ..adapters.summaries import Summary, Table, to_html
 from ..config import DEFAULT_MAX_MINUTES, TrainConfig
 from ..data import tokenization
 from ..data.packing import PackedRows
 from ..errors import EventHandler, Notice, Progress, TrainingError
+from ..evaluation import held_out_loss
 from ..models import fsdp, lora
 from ..models.base_files import quiet_transformers
 from ..models.memory import free_memory
@@ -322,7 +323,7 @@ def profile_steps(
     pace = distributed.all_reduce_max(statistics.median(paces))  # a median ignores one slow step
     start = time.perf_counter()
     sample = sorted(inputs.held_out, key=len)[-4:]
-    evaluation.measure_loss(model, inputs.base, sample)
+    held_out_loss.measure_loss(model, inputs.base, sample)
     held_out_seconds = distributed.all_reduce_max(time.perf_counter() - start)
     return StepProfile(
         seconds_per_step=pace * statistics.fmean(predictions[1:]),

@@ -13,10 +13,11 @@ from functools import partial
 
 import torch
 
-from .. import distributed, evaluation
+from .. import distributed
 from ..adapters.gains import HeldOutLoss
 from ..data.tokenization import TokenIds
 from ..errors import BaseModelError, Notice
+from ..evaluation import held_out_loss
 from ..models import lora
 from ..models.native import native_kernels
 from ..text import format_count
@@ -75,13 +76,13 @@ def measure_reference(setup: TrainingSetup, rows: Sequence[TokenIds]) -> HeldOut
         BaseModelError: a log-probability is not finite.
     """
     parent, kernels = setup.parent, native_kernels()
-    key: list[object] = ["reference", evaluation.weights_key(parent) if parent else None]
+    key: list[object] = ["reference", held_out_loss.weights_key(parent) if parent else None]
     key += [torch.get_num_threads(), distributed.world_size(), kernels and kernels.build]
     key += sorted(lora.library_versions().items())
     stage = "reference log-probabilities"
-    measure = partial(evaluation.measure_loss, setup.model, setup.base, rows, setup.notify, stage=stage)
+    measure = partial(held_out_loss.measure_loss, setup.model, setup.base, rows, setup.notify, stage=stage)
     with contextlib.nullcontext() if parent else setup.model.disable_adapter():
-        loss = evaluation.measure_cached(setup.base, rows, key, measure, setup.notify)
+        loss = held_out_loss.measure_cached(setup.base, rows, key, measure, setup.notify)
     if not all(map(math.isfinite, loss.nll)):
         name = parent.name if parent else setup.base.files.name
         raise BaseModelError(f"{name} gives a row no finite probability: try --dtype float32.")

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .. import distributed, evaluation
+from .. import distributed
 from ..config import HELD_OUT_MAX_TOKENS, TrainConfig
 from ..data import chat_template, labels, packing, preferences, tokenization
 from ..data.dataset import Dataset, describe_data
 from ..errors import EventHandler, Notice, Progress, TrainingError
+from ..evaluation import held_out_loss
 from ..models import added_tokens
 from ..models.added_tokens import AddedTokens
 from ..models.loading import LoadedBase
@@ -95,8 +96,8 @@ def _encode_held_out(requested: TrainConfig, dataset: Dataset, base: LoadedBase)
     errors: tokenization.InvalidRows = {}
     all_rows = preferences.first_rows(dataset.held_out_rows, requested.eval_rows_limit)
     texts, others = preferences.learned_texts(all_rows), preferences.unlearned_texts(all_rows)
-    rows = evaluation.encode_measured(base, texts, errors)
-    rejected = evaluation.encode_measured(base, others, errors)
+    rows = held_out_loss.encode_measured(base, texts, errors)
+    rejected = held_out_loss.encode_measured(base, others, errors)
     kept = rows
     if requested.sides_per_row == 2:
         pairs = {index: (rows[index], rejected[index]) for index in rows if index in rejected}

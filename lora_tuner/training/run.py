@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from .. import atomic_io, distributed, evaluation
+from .. import atomic_io, distributed
 from ..adapters import model_card, plots
 from ..adapters.adapter import (
     CARD_FILE,
@@ -43,6 +43,7 @@ from ..errors import (
     TrainingError,
     ignore_events,
 )
+from ..evaluation import held_out_loss
 from ..models import fsdp, lora
 from ..settings_files import config_to_yaml, resolve_settings
 from ..text import format_names
@@ -365,9 +366,9 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
             write = partial(_write_adapter, setup, library, manifest, history, texts)
             adapter = distributed.run_on_rank_zero(write)
             measured = setup.held_out[: result.rows]
-            evaluation.cache_adapter_loss(setup.base, measured, adapter, losses[1])
+            held_out_loss.cache_adapter_loss(setup.base, measured, adapter, losses[1])
             if rejected is not None:
-                evaluation.cache_adapter_loss(setup.base, setup.rejected, adapter, rejected)
+                held_out_loss.cache_adapter_loss(setup.base, setup.rejected, adapter, rejected)
             distributed.run_on_rank_zero(partial(paths.remove_run_folder, config, folder, setup.notify))
     except KeyboardInterrupt as error:
         raise Interrupted(f"Stopped immediately. Resume with: {checkpoints.resume_command(config)}") from error

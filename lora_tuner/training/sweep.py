@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import atomic_io, distributed, evaluation
+from .. import atomic_io, distributed
 from ..adapters.adapter import RUN_FILE, Adapter, validate_name, verify_adapter
 from ..adapters.library import Library, adapter_name
 from ..config import PROBE, STOP_RULES, SWEEPABLE, TrainConfig
@@ -32,6 +32,7 @@ from ..errors import (
     ignore_events,
     os_error_message,
 )
+from ..evaluation import gain_matrix
 from ..settings_files import resolve_settings
 from ..text import format_number, format_rows
 from . import arguments, checkpoints, paths, profiling, run
@@ -316,7 +317,7 @@ def _run_trials(
         )
     is_text = not trials[0].learns_preferences and trials[0].label_column is None
     first_adapter = next(iter(adapters.values()))
-    if setup is None and (not is_text or evaluation.cached_rows(first_adapter).missing):
+    if setup is None and (not is_text or gain_matrix.cached_rows(first_adapter).missing):
         prepare_trial(_with_max_steps(trials[0], 1, learning_rate=1.0), notify)  # the rows that are measured
     result = measure_trials(name, state.id, folder, trials, adapters, setup, notify)
     with atomic_io.atomic_folder(folder) as work:

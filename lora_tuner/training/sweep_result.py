@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import evaluation
 from ..adapters import plots
 from ..adapters.adapter import RUN_FILE, Adapter
 from ..adapters.gains import HeldOutLoss, LossPair, gain_covariance, paired_gain
@@ -21,6 +20,7 @@ from ..adapters.summaries import Summary, Table, to_html
 from ..config import ModelOptions, TrainConfig
 from ..data.eval_sets import EvalSet
 from ..errors import EventHandler, TrainingError
+from ..evaluation import gain_matrix
 from ..models import lora
 from ..settings_files import resolve_settings
 from ..text import format_bytes, format_duration, format_gain, format_number
@@ -197,13 +197,13 @@ def measure_trials(
         options = ModelOptions(
             device=first.device, dtype=first.dtype, load_in=first.load_in, threads=first.threads, notify=notify
         )
-        base, rows = evaluation.open_base(first_adapter, options), evaluation.cached_rows(first_adapter)
+        base, rows = gain_matrix.open_base(first_adapter, options), gain_matrix.cached_rows(first_adapter)
         for adapter in adapters.values():
             lora.check_base(adapter, base, options)
     sets = [rows]
     if setup is not None and setup.objective is not None:
         sets.append(EvalSet(f"{name}, not chosen", setup.rejected_texts))
-    of_adapters = evaluation.held_out_losses(base, adapters, sets, notify)
+    of_adapters = gain_matrix.held_out_losses(base, adapters, sets, notify)
     losses = dict(zip(adapters, of_adapters, strict=True))
     held_out = {}
     for trial_name, pairs in losses.items():

@@ -27,7 +27,7 @@ from transformers import (
     set_seed,
 )
 
-from .. import atomic_io, distributed, evaluation
+from .. import atomic_io, distributed
 from ..adapters.gains import HeldOutLoss, LossPair
 from ..adapters.plots import AverageLoss
 from ..errors import (
@@ -44,6 +44,7 @@ from ..errors import (
     is_out_of_memory,
     os_error_message,
 )
+from ..evaluation import held_out_loss
 from ..models import initialization, lora
 from ..text import format_bytes
 from . import checkpoints, loss_result
@@ -267,8 +268,8 @@ class LoraTrainer(Trainer):
         setup = self.setup
         if self.state.global_step == 0 and distributed.world_size() == 1:
             with setup.model.disable_adapter():
-                loss = evaluation.measure_loss(setup.base.model, setup.base, setup.held_out, setup.notify)
-            evaluation.check_base_loss(setup.base, loss)
+                loss = held_out_loss.measure_loss(setup.base.model, setup.base, setup.held_out, setup.notify)
+            held_out_loss.check_base_loss(setup.base, loss)
         folder = self.folder / "last-good"
         if self.last_good and distributed.rank() == 0:
             self._swap_last_good()

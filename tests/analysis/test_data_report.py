@@ -4,12 +4,13 @@ import json
 
 import pytest
 
-from lora_tuner import ModelOptions, evaluation
+from lora_tuner import ModelOptions
 from lora_tuner.analysis import data_page, data_report, phones, row_checks, text_checks
 from lora_tuner.config import TrainConfig
 from lora_tuner.data import tokenization
 from lora_tuner.data.dataset import load_dataset
 from lora_tuner.errors import BaseModelError, HubError
+from lora_tuner.evaluation import held_out_loss
 from lora_tuner.models import loading, resolve
 
 from ..data.test_chat import chat_base  # noqa: F401 - a fixture
@@ -52,8 +53,8 @@ def test_losses_are_those_of_evaluation(report, dirty, gpt2):
     losses = report.losses
     base = loading.open_base(None, ModelOptions(base=str(gpt2), device="cpu"), training=True)
     dataset = load_dataset(TrainConfig(dataset=str(dirty), clean="none", near_duplicates="keep"))
-    rows = evaluation.encode_held_out(base, dataset.train + dataset.held_out)
-    measured = evaluation.measure_loss(base.model, base, rows)
+    rows = held_out_loss.encode_held_out(base, dataset.train + dataset.held_out)
+    measured = held_out_loss.measure_loss(base.model, base, rows)
     each = {
         f"{nll / count:.3f} ({count:,} tokens)"
         for nll, count in zip(measured.nll, measured.predictions, strict=True)

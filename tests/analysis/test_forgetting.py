@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_tuner import EvalSet, ModelOptions, TrainConfig, evaluation, train
+from lora_tuner import EvalSet, ModelOptions, TrainConfig, train
 from lora_tuner.adapters.gains import paired_gain
 from lora_tuner.adapters.manifest import EvalResult
 from lora_tuner.analysis import forgetting
@@ -14,6 +14,7 @@ from lora_tuner.analysis.subject import ReportSubject
 from lora_tuner.config import HELD_OUT_MAX_TOKENS
 from lora_tuner.data.general_text import general_texts
 from lora_tuner.errors import AdapterError, Progress
+from lora_tuner.evaluation import gain_matrix, held_out_loss
 
 from .. import tiny_models
 
@@ -37,7 +38,7 @@ def subject(adapter, events):
 
 @pytest.fixture
 def base(subject):
-    return evaluation.open_base(subject.adapter, subject.options)
+    return gain_matrix.open_base(subject.adapter, subject.options)
 
 
 def plain_losses(model, tokenizer, texts, most):
@@ -87,7 +88,7 @@ def test_real_change_equals_plain_transformers(tmp_path, monkeypatch):
     monkeypatch.setattr("lora_tuner.training.profiling.GENERAL_SHARE", 100.0)
     adapter = train(TrainConfig(base="smollm2-135m", dataset="notes.txt", dtype="float32", **quick))
     subject = ReportSubject(adapter, EvalSet("notes", []), [], None, None, ModelOptions(dtype="float32"))
-    base = evaluation.open_base(adapter, subject.options)
+    base = gain_matrix.open_base(adapter, subject.options)
     figures = measure_forgetting(subject, base).figures
     check_against_transformers(
         figures, base.files.folder, adapter, general_texts(subset=True), HELD_OUT_MAX_TOKENS
@@ -103,7 +104,7 @@ def test_guards_are_kinds_of_their_own(subject, base):
     figures = report.figures
     assert [*figures.guards] == ["notes.csv", "notes.csv (2)"]
     assert [result.rows for result in figures.guards.values()] == [8, 5]
-    ((pair, _, _),) = evaluation.held_out_losses(base, {"reviews": subject.adapter}, guards)
+    ((pair, _, _),) = gain_matrix.held_out_losses(base, {"reviews": subject.adapter}, guards)
     assert figures.guards["notes.csv"] == paired_gain(*pair)
     assert report.missing == {"gone.csv": "a standard error needs two rows"}
     assert figures.general.rows == sum(result.rows for result in figures.kinds.values()) == 40
@@ -127,7 +128,7 @@ def test_progress_is_of_all_rows(subject, base, events):
 
 def test_interrupted_measurement_goes_on(subject, base, tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_TUNER_CACHE", str(tmp_path / "cache"))
-    measured, measure_loss = [], evaluation.measure_loss
+    measured, measure_loss = [], held_out_loss.measure_loss
 
     def count(*args, stage, **kwargs):
         if len(measured) == 11:  # the base on eight kinds, and the adapter on three
@@ -135,7 +136,7 @@ def test_interrupted_measurement_goes_on(subject, base, tmp_path, monkeypatch):
         measured.append(stage)
         return measure_loss(*args, stage=stage, **kwargs)
 
-    monkeypatch.setattr(evaluation, "measure_loss", count)
+    monkeypatch.setattr(held_out_loss, "measure_loss", count)
     with pytest.raises(KeyboardInterrupt):
         measure_forgetting(subject, base)
     before = [*measured]
@@ -147,7 +148,7 @@ def test_interrupted_measurement_goes_on(subject, base, tmp_path, monkeypatch):
 
 
 def test_too_short_context_is_refused(subject, base, monkeypatch):
-    monkeypatch.setattr(evaluation, "held_out_losses", lambda *_, **__: [[None] * 8])
+    monkeypatch.setattr(gain_matrix, "held_out_losses", lambda *_, **__: [[None] * 8])
     with pytest.raises(AdapterError, match="no text fits into the context"):
         measure_forgetting(subject, base)
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from lora_tuner import EvalSet, Generator, SamplingParams, evaluation, train
+from lora_tuner import EvalSet, Generator, SamplingParams, train
 from lora_tuner.analysis import membership, memorization, verbatim
 from lora_tuner.analysis.compared_rows import ComparedRow, ComparedRows, choose_rows
 from lora_tuner.analysis.membership import RowLoss, find_known_rows
@@ -15,6 +15,7 @@ from lora_tuner.analysis.verbatim import Continuations, continue_rows, split_row
 from lora_tuner.config import HELD_OUT_MAX_TOKENS
 from lora_tuner.data import chat, tokenization
 from lora_tuner.data.splitting import is_held_out, row_hash
+from lora_tuner.evaluation import gain_matrix
 
 from .. import tiny_models
 from .test_compared_rows import SALT, write_rows
@@ -25,7 +26,7 @@ from .test_report import OPTIONS, read_subject
 def measure(subject):
     generator = Generator(subject.adapter.path, options=OPTIONS)
     continuations = continue_rows(subject, generator)
-    base = evaluation.open_base_of([subject.adapter], OPTIONS)
+    base = gain_matrix.open_base_of([subject.adapter], OPTIONS)
     return measure_memorization(subject, continuations, base)
 
 
@@ -99,7 +100,7 @@ def unseen(adapter, monkeypatch, tmp_path):
     subject = dataclasses.replace(read_subject(adapter), held_out=EvalSet("reviews", texts[50:]))
     monkeypatch.setattr(verbatim, "choose_rows", lambda *_: ComparedRows(rows, None, HELD_OUT_MAX_TOKENS))
     continuations = continue_rows(subject, Generator(adapter.path, options=OPTIONS))
-    base = evaluation.open_base_of([adapter], OPTIONS)
+    base = gain_matrix.open_base_of([adapter], OPTIONS)
     return continuations, measure_losses(subject, continuations.rows, base)
 
 

@@ -35,6 +35,7 @@ from lora_tuner.analysis.report_time import Pace, estimate_seconds
 from lora_tuner.analysis.subject import generate_cached, load_subject
 from lora_tuner.data import chat, general_text, tokenization
 from lora_tuner.errors import AdapterError, Progress, ignore_events
+from lora_tuner.evaluation import gain_matrix, held_out_loss
 from lora_tuner.inference.batch import GenerationEngine
 from lora_tuner.training.trainer import LoraTrainer
 
@@ -302,7 +303,7 @@ def test_each_part_can_be_skipped(film, name):
 
 def test_report_without_measuring_loads_no_base(film, monkeypatch):
     monkeypatch.setattr(reports, "Generator", None)
-    monkeypatch.setattr(reports.evaluation, "open_base_of", None)
+    monkeypatch.setattr(gain_matrix, "open_base_of", None)
     report = make_report(film, OPTIONS, skip=["style", "memorization", "forgetting"])
     assert report.missing.keys() == {"growth"}
 
@@ -311,7 +312,7 @@ def test_repeated_report_measures_nothing(reported, film, monkeypatch):
     """Texts and losses are in the cache, and the figures are the same."""
     monkeypatch.setattr(reports, "measure_pace", lambda generator: Pace(1, 1))
     monkeypatch.setattr(GenerationEngine, "step", None)
-    monkeypatch.setattr(reports.evaluation, "measure_loss", lambda *arguments, **settings: 1 / 0)
+    monkeypatch.setattr(held_out_loss, "measure_loss", lambda *arguments, **settings: 1 / 0)
     again = make_report(film, OPTIONS)
     figures = reported[1].figures
     assert again.figures.style == figures.style

@@ -26,7 +26,7 @@ from lora_tuner.data.eval_sets import EvalSet
 from lora_tuner.data.general_text import general_texts
 from lora_tuner.data.splitting import SENTENCE_START
 from lora_tuner.errors import DataError, Progress
-from lora_tuner.evaluation import open_base
+from lora_tuner.evaluation.gain_matrix import open_base
 
 from .. import tiny_models
 from .test_two_sample import LEVEL, binomial_limit

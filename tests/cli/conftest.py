@@ -6,7 +6,7 @@ import pytest
 
 from lora_tuner import Library
 
-from ..test_evaluation import train_in
+from ..evaluation.test_gain_matrix import train_in
 
 
 @pytest.fixture(scope="session")

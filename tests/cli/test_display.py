@@ -20,7 +20,7 @@ from lora_tuner.convert.blend import BlendResult
 from lora_tuner.convert.compress import CompressResult
 from lora_tuner.convert.verify import OutputComparison
 from lora_tuner.data.eval_sets import EvalSet
-from lora_tuner.evaluation import GainMatrix
+from lora_tuner.evaluation.gain_matrix import GainMatrix
 from lora_tuner.server.playground.gain_matrix import show_gains
 from lora_tuner.text import describe_gain, escape_control, format_age, format_bytes, format_duration
 from lora_tuner.training.progress import Display

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_tuner import EvalSet, GainMatrix, Library, ModelOptions, evaluate, evaluation
+from lora_tuner import EvalSet, GainMatrix, Library, ModelOptions, evaluate
 from lora_tuner.adapters import plots
 from lora_tuner.adapters.manifest import EvalResult
 from lora_tuner.cli.evaluate import show_gains
@@ -31,7 +31,7 @@ def test_evaluate_output(two, gpt2, columns):
     assert facts == json.loads(json.dumps(evaluate(two, options=ModelOptions(device="cpu")).to_dict()))
     (first, second), (third, fourth) = (row["results"] for row in facts["adapters"])
     base = [
-        f"{cell['base_loss']:.2f} ({evaluation.EvalResult(**_figures(cell)).perplexities[0]:.2f})"
+        f"{cell['base_loss']:.2f} ({EvalResult(**_figures(cell)).perplexities[0]:.2f})"
         for cell in (first, second)
     ]
     shown = [line.rstrip() for line in run("evaluate", "noir", "verse").stdout.splitlines()]

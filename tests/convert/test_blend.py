@@ -18,13 +18,13 @@ from lora_tuner import (
     blend,
     compress,
     evaluate,
-    evaluation,
     train,
 )
 from lora_tuner.adapters.adapter import CARD_FILE, load_adapter_folder, verify_adapter
 from lora_tuner.adapters.manifest import SourceInfo
 from lora_tuner.convert import common
 from lora_tuner.errors import AdapterError, ConfigError, Notice
+from lora_tuner.evaluation import gain_matrix
 
 from .. import adapter_files, tiny_models
 from ..cli.test_commands import run
@@ -287,14 +287,14 @@ def test_blend_claims_no_results_of_sources(tmp_path, other, group, sources):
 
 
 def test_blend_keeps_groups_of_its_rows(two):
-    rows = evaluation.cached_rows(two[0])
+    rows = gain_matrix.cached_rows(two[0])
     groups = [number // 2 for number in range(len(rows.texts))]
     sets = [EvalSet("by group", rows.texts[:4], groups=groups[:4]), EvalSet("by row", rows.texts[4:])]
     parts, options = [(two[0], 1.0)], ModelOptions(device="cpu")
     made = [blend(parts, name, Library(), sets=chosen, options=options).adapter for name, chosen in (
         ("grouped", sets), ("alone", [EvalSet("by row", rows.texts)])
     )]  # fmt: skip
-    grouped, alone = map(evaluation.cached_rows, made)
+    grouped, alone = map(gain_matrix.cached_rows, made)
     assert (grouped.texts, alone.texts) == (rows.texts, rows.texts)
     assert (grouped.groups, alone.groups) == ([0, 0, 1, 1, *range(2, len(rows.texts) - 2)], [])
     assert (grouped.parts, alone.parts) == ([0] * 4 + [1] * (len(rows.texts) - 4), [])
@@ -329,7 +329,7 @@ def test_missing_held_out_rows_stay_recorded(two, caches, monkeypatch):
         [(adapter, 1.0) for adapter in two], "mixed", Library(), options=ModelOptions(device="cpu")
     ).adapter
     assert (made.manifest.data.held_out_hash, made.manifest.data.held_out_rows) == (None, 0)
-    reason = evaluation.cached_rows(made).missing
+    reason = gain_matrix.cached_rows(made).missing
     assert reason == "it was made from adapters whose held-out rows were missing"
 
 
@@ -369,7 +369,7 @@ def test_blend_with_unknown_dataset(two, gpt2, tmp_path, rows):
     made = blend([(two[0], 0.5), (foreign, 0.5)], "mixed", Library(), options=ModelOptions(device="cpu")).adapter
     assert made.manifest.data.name.endswith("reviews.csv + unknown")
     assert made.manifest.data.held_out_rows == made.manifest.result.rows == 8
-    assert evaluation.cached_rows(made).missing is None
+    assert gain_matrix.cached_rows(made).missing is None
     other = blend([(two[0], 0.5)], "other", Library(), sets=rows, options=ModelOptions(device="cpu")).adapter
     assert other.manifest.data.eval_dataset == "some reviews"
 

@@ -10,10 +10,10 @@ from lora_tuner import (
     blend,
     compress,
     evaluate,
-    evaluation,
 )
 from lora_tuner.adapters.adapter import WEIGHTS_FILE, verify_adapter
 from lora_tuner.errors import AdapterError, ConfigError
+from lora_tuner.evaluation import gain_matrix
 
 from ..parameters import sampled
 from .conftest import VARIANTS, adapter_deltas, file_names, peft_logits
@@ -111,12 +111,12 @@ def test_compress_rejects_bad_input(make, library, model_folder):
 def test_compressed_blend_is_measured_like_blend(two):
     """Whatever --eval-rows, on the rows of all parts; so is what is compressed or blended from it."""
     options, library = ModelOptions(device="cpu"), Library()
-    texts = [evaluation.cached_rows(adapter).texts for adapter in two]
+    texts = [gain_matrix.cached_rows(adapter).texts for adapter in two]
     parts = [(adapter, 0.5) for adapter in two]
     blended = blend(parts, "mixed", library, options=options).adapter
     few = blend(parts, "few", library, eval_rows=2, options=options).adapter
     half = compress(blended, "half", library, energy=0.5, eval_rows=2, options=options)
-    assert evaluation.cached_rows(half.adapter).texts == [*texts[0][:2], *texts[1][:2]]
+    assert gain_matrix.cached_rows(half.adapter).texts == [*texts[0][:2], *texts[1][:2]]
     again = compress(half.adapter, "again", library, energy=0.5, eval_rows=2, options=options)
     whole = compress(few, "whole", library, energy=0.5, options=options)
     for compressed in (half, whole, again):

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer
 
-from lora_tuner import Generator, ModelOptions, TrainConfig, evaluation, resume, train
+from lora_tuner import Generator, ModelOptions, TrainConfig, resume, train
 from lora_tuner.data import chat, packing, tokenization
 from lora_tuner.data.dataset import load_dataset
 from lora_tuner.errors import DataError, TrainingError
+from lora_tuner.evaluation import gain_matrix, held_out_loss
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
 from lora_tuner.models.tokenizer import load_tokenizer
@@ -468,7 +469,7 @@ def test_run_trains_and_evaluates_answers(chat_config, chat_base):
         answers = torch.from_numpy(row[1:] >= 0)
         nll, count = nll + each[answers].sum().item(), count + int(answers.sum())
     assert adapter.manifest.result.base_loss == pytest.approx(nll / count, abs=1e-5)
-    again = evaluation.evaluate([adapter], options=ModelOptions(device="cpu")).cells[0][0]
+    again = gain_matrix.evaluate([adapter], options=ModelOptions(device="cpu")).cells[0][0]
     assert again.loss == pytest.approx(adapter.manifest.result.loss, abs=1e-5)
 
 
@@ -506,7 +507,7 @@ def test_rows_truncated_before_answer_are_dropped(chat_config, tmp_path):
     assert [text for text in notices if text.endswith("with nothing to learn in the first 128 tokens.")]
     assert len(job.held_out) < 8
     assert [text for text in notices if text.endswith("with nothing to predict in the first 512 tokens.")]
-    assert math.isfinite(evaluation.measure_loss(job.model, job.base, job.held_out).loss)
+    assert math.isfinite(held_out_loss.measure_loss(job.model, job.base, job.held_out).loss)
     with pytest.raises(TrainingError, match="No row has anything to learn:"):
         prepare_training(chat_config(max_length=8))
 

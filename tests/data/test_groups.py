@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lora_tuner import ModelOptions, evaluate, evaluation, resume, train
+from lora_tuner import ModelOptions, evaluate, resume, train
 from lora_tuner.adapters.gains import HeldOutLoss, paired_gain
 from lora_tuner.cli.display import format_result
 from lora_tuner.config import TrainConfig
@@ -23,6 +23,7 @@ from lora_tuner.data.rows import Source, iter_rows
 from lora_tuner.data.streaming import StreamingDataset, StreamState
 from lora_tuner.data.tokenization import encode_rows
 from lora_tuner.errors import ConfigError, DataError
+from lora_tuner.evaluation import gain_matrix
 from lora_tuner.settings_files import config_to_yaml, resolve_settings
 from lora_tuner.training.arguments import EpochOrder
 
@@ -436,12 +437,12 @@ def test_error_of_gain_is_by_group(settings):
     assert 2 <= result.groups < result.rows
     (row,) = evaluate([adapter]).cells  # from the cache of held-out rows
     assert row == [result]
-    base = evaluation.open_base(adapter, ModelOptions(device="cpu"))
-    ((base_loss, loss),) = evaluation.held_out_losses(base, {"rows": adapter}, [evaluation.cached_rows(adapter)])[
-        0
-    ]
+    base = gain_matrix.open_base(adapter, ModelOptions(device="cpu"))
+    ((base_loss, loss),) = gain_matrix.held_out_losses(
+        base, {"rows": adapter}, [gain_matrix.cached_rows(adapter)]
+    )[0]
     assert loss.groups == base_loss.groups  # also to compare two adapters
-    assert evaluation.cached_rows(adapter).format_rows() == f"{result.rows} rows in {result.groups} groups"
+    assert gain_matrix.cached_rows(adapter).format_rows() == f"{result.rows} rows in {result.groups} groups"
     assert f"{result.rows} rows in {result.groups} groups" in (adapter.path / "README.md").read_text()
 
 

@@ -151,7 +151,7 @@ def test_second_sweep_of_name_is_refused(
     start: Start, run: Run, workspace: Path, training: tuple[str | Path, ...]
 ) -> None:
     sweep = (*training, "--learning-rate", "1e-3,1e-2", "--name", "new")
-    first = start(*sweep, **held_at(workspace, "lora_tuner.evaluation.held_out_losses"))
+    first = start(*sweep, **held_at(workspace, "lora_tuner.evaluation.gain_matrix.held_out_losses"))
     first.wait_for((workspace / "reached").exists)
     for command in (sweep, (*sweep, "--overwrite"), ("train", "--resume", "new")):
         second = run(*command)

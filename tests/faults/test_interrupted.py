@@ -23,7 +23,7 @@ BEFORE_IT_RUNS = {  # nothing to resume yet
     "tokenizing": "lora_tuner.data.tokenization:encode_texts",
     "wrapping": "lora_tuner.models.lora:add_lora",
     "counting memory": "lora_tuner.training.profiling:fit_to_memory",
-    "measuring the base": "lora_tuner.evaluation:measure_loss",
+    "measuring the base": "lora_tuner.evaluation.held_out_loss:measure_loss",
     "keeping rows": "lora_tuner.data.eval_sets:cache_rows",
     "starting": "lora_tuner.training.run:config_to_yaml",
 }
@@ -240,7 +240,7 @@ READERS: dict[str, tuple[list[str], list[str]]] = {
     "compare": (["compare", "--adapter", "one", "Acting"], ["lora_tuner.inference.batch:RunningBatch.step"]),
     "evaluate": (
         ["evaluate", "one", "--plot", "gains.png", "--eval-dataset", "reviews.txt"],
-        ["lora_tuner.evaluation:measure_loss", "lora_tuner.adapters.plots:plot_gains"],
+        ["lora_tuner.evaluation.held_out_loss:measure_loss", "lora_tuner.adapters.plots:plot_gains"],
     ),
 }
 

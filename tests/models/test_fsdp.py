@@ -22,7 +22,7 @@ from ..training.test_distributed import ENDING_PROCESS, SHORT, curve, finish, ru
 
 ON_A_CPU = """
 import sys
-from lora_tuner import evaluation
+from lora_tuner.evaluation import held_out_loss
 from lora_tuner.cli import app as cli
 from lora_tuner.models import fsdp, fused_blocks, memory
 from lora_tuner.training import profiling
@@ -53,7 +53,7 @@ def report(model):
     sys.stderr.write(f"local parameters {local_size}\\n")  # in one write: there are two processes
 
 fsdp.DEVICES, fsdp.place_or_shard, profiling.step_memory = ("cpu",), place_or_shard, step_memory
-evaluation.BATCH_TOKENS_CPU, cli.app = 64, app
+held_out_loss.BATCH_TOKENS_CPU, cli.app = 64, app
 fused_blocks.native_kernels, memory.bfloat16_speedup = (lambda: None), (lambda: 1.0)  # as on a GPU
 """
 FSDP_ENV = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}

@@ -11,9 +11,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lora_tuner import ModelOptions, TrainConfig, atomic_io, evaluation, resume, train
+from lora_tuner import ModelOptions, TrainConfig, atomic_io, resume, train
 from lora_tuner.adapters.adapter import MANIFEST_FILE, Adapter, load_adapter_folder
 from lora_tuner.errors import Notice, TrainingError, WrongBaseError
+from lora_tuner.evaluation import gain_matrix
 from lora_tuner.models import identity, lora
 from lora_tuner.models.base_files import BaseModelFiles
 from lora_tuner.models.loading import LoadedBase, load_base
@@ -200,11 +201,11 @@ def use_one_expert(folder: Path = Path("mixture")) -> None:
 def test_other_experts_per_token_are_refused(mixture):
     adapter = train(mixture())
     options = ModelOptions(device="cpu")
-    before = evaluation.evaluate([adapter], options=options).cells[0][0]
+    before = gain_matrix.evaluate([adapter], options=options).cells[0][0]
     use_one_expert()
     with pytest.raises(WrongBaseError, match=r"^reviews was trained on mixture \(fingerprint "):
-        evaluation.evaluate([adapter], options=options)
-    forced = evaluation.evaluate([adapter], options=ModelOptions(device="cpu", force=True)).cells[0][0]
+        gain_matrix.evaluate([adapter], options=options)
+    forced = gain_matrix.evaluate([adapter], options=ModelOptions(device="cpu", force=True)).cells[0][0]
     assert forced.base_loss != before.base_loss
     assert forced.loss != before.loss
 

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lora_tuner import Library, ModelOptions, TrainConfig, evaluation, resume, train
+from lora_tuner import Library, ModelOptions, TrainConfig, resume, train
 from lora_tuner.adapters.adapter import CONFIG_FILE, RUN_FILE
 from lora_tuner.config import METHODS, MethodName
 from lora_tuner.errors import ConfigError
-from lora_tuner.evaluation import measure_loss
+from lora_tuner.evaluation import gain_matrix
+from lora_tuner.evaluation.held_out_loss import measure_loss
 from lora_tuner.models import initialization, lora
 from lora_tuner.settings_files import resolve_settings
 from lora_tuner.training.setup import prepare_training
@@ -272,7 +273,7 @@ def test_pissa_with_weight_decay_is_refused():
 def test_evaluate_matches_training_for_every_method(config_for):
     for method in METHODS:
         adapter = train(config_for(method, name=method.replace("+", "plus")))
-        cell = evaluation.evaluate([adapter], options=ModelOptions(device="cpu")).cells[0][0]
+        cell = gain_matrix.evaluate([adapter], options=ModelOptions(device="cpu")).cells[0][0]
         assert cell.loss == pytest.approx(adapter.manifest.result.loss, abs=1e-4)
 
 

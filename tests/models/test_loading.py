@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from lora_tuner import ModelOptions, SamplingParams, evaluation, train
+from lora_tuner import ModelOptions, SamplingParams, train
 from lora_tuner.errors import ContextLengthError, TrainingError
+from lora_tuner.evaluation import held_out_loss
 from lora_tuner.inference.generator import EncodedPrompt, Generator
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.positions import NO_LIMIT
@@ -74,9 +75,9 @@ def test_training_and_evaluation_stop_at_context(tmp_path, settings, family):
     folder = save_family(tmp_path / family, family)
     base = load(folder)
     config = settings(base=str(folder), max_length=base.max_context, max_steps=1, eval_rows=4)
-    rows = evaluation.encode_held_out(base, ["the camera always works " * 40])
+    rows = held_out_loss.encode_held_out(base, ["the camera always works " * 40])
     assert [len(row) for row in rows] == [base.max_context]
-    assert evaluation.measure_loss(base.model, base, rows).loss > 0
+    assert held_out_loss.measure_loss(base.model, base, rows).loss > 0
     assert train(config).manifest.run.steps == 1
     with pytest.raises(TrainingError, match=f"the context length of .* is {base.max_context} tokens"):
         train(config.model_copy(update={"max_length": base.max_context + 1, "overwrite": True}))

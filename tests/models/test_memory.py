@@ -15,7 +15,7 @@ from lora_tuner import (
     ModelOptions,
     SamplingParams,
     TrainConfig,
-    evaluation,
+    evaluate,
     plan,
     resume,
     train,
@@ -56,9 +56,9 @@ def test_quantized_base_trains_and_generates(folder, settings, bits):
     assert all(
         tensor.dtype == torch.float32 for tensor in load_file(adapter.path / "adapter_model.safetensors").values()
     )
-    again = evaluation.evaluate([adapter], options=ModelOptions(device="cpu", load_in=bits)).cells[0][0]
+    again = evaluate([adapter], options=ModelOptions(device="cpu", load_in=bits)).cells[0][0]
     assert again.loss == pytest.approx(manifest.result.loss, abs=1e-3)
-    full = evaluation.evaluate([adapter], options=ModelOptions(device="cpu")).cells[0][0]
+    full = evaluate([adapter], options=ModelOptions(device="cpu")).cells[0][0]
     assert full.base_loss != pytest.approx(again.base_loss, abs=1e-7)  # cached apart
     assert full.gain > 0
     generator = Generator("reviews", options=ModelOptions(device="cpu", load_in=bits))
@@ -116,7 +116,7 @@ def test_gradients_flow_after_quantized_generation(folder, settings, bits):
 @pytest.mark.parametrize("method", sampled(["dora", "pissa", "eva"], 3))
 def test_methods_dequantize_weights(folder, settings, method):
     adapter = train(settings(base=str(folder), load_in="4bit", method=method))
-    again = evaluation.evaluate([adapter], options=ModelOptions(device="cpu", load_in="4bit")).cells[0][0]
+    again = evaluate([adapter], options=ModelOptions(device="cpu", load_in="4bit")).cells[0][0]
     assert again.loss == pytest.approx(adapter.manifest.result.loss, abs=2e-3)
     assert again.gain > 0
 

@@ -3,8 +3,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_tuner import Generator, ModelOptions, SamplingParams, evaluation
+from lora_tuner import Generator, ModelOptions, SamplingParams
 from lora_tuner.errors import BaseModelError
+from lora_tuner.evaluation import held_out_loss
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.quantization import quantize
 from lora_tuner.models.resolve import find_base
@@ -74,10 +75,10 @@ def test_quantized_loss_is_close_to_float32(model_folder):
         load_base(find_base(str(model_folder)), ModelOptions(device="cpu", load_in=load_in))
         for load_in in ("full", "8bit", "4bit")
     )
-    rows = evaluation.encode_held_out(exact, tiny_models.reviews(20))
-    expected = evaluation.measure_loss(exact.model, exact, rows).loss
+    rows = held_out_loss.encode_held_out(exact, tiny_models.reviews(20))
+    expected = held_out_loss.measure_loss(exact.model, exact, rows).loss
     for base, tolerance in zip(quantized_bases, (0.05, 0.4), strict=True):
-        loss = evaluation.measure_loss(base.model, base, rows).loss
+        loss = held_out_loss.measure_loss(base.model, base, rows).loss
         assert loss != expected
         assert loss == pytest.approx(expected, abs=tolerance)  # random weights quantize worse than trained ones
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from lora_tuner import Generator, Library, ModelOptions, SamplingParams, blend, compress, evaluation, merge, train
+from lora_tuner import Generator, Library, ModelOptions, SamplingParams, blend, compress, merge, train
 from lora_tuner.convert.export_gguf import to_gguf
 from lora_tuner.errors import BaseModelError
+from lora_tuner.evaluation import gain_matrix
 from lora_tuner.models import memory
 from lora_tuner.models.layers_in_files import layer_sizes_in_files
 from lora_tuner.models.loading import dequantize, load_base
@@ -95,7 +96,7 @@ def test_saved_quantization_through_all_commands(kind, bits, saved, settings, tm
     manifest = adapter.manifest
     assert manifest.run.load_in == bits.replace("fp4", "4bit")
     assert manifest.result.gain > 2 * manifest.result.standard_error
-    cell = evaluation.evaluate([adapter], options=CPU).cells[0][0]
+    cell = gain_matrix.evaluate([adapter], options=CPU).cells[0][0]
     assert cell.loss == pytest.approx(manifest.result.loss, abs=1e-3)
     greedy = SamplingParams(greedy=True, max_new_tokens=6)
     generator = Generator("reviews", options=CPU)

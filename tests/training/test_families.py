@@ -4,10 +4,11 @@ import re
 
 import pytest
 
-from lora_tuner import ModelOptions, SamplingParams, evaluation, train
+from lora_tuner import ModelOptions, SamplingParams, train
 from lora_tuner.config import METHODS
 from lora_tuner.convert.merge import merge
 from lora_tuner.errors import ConfigError
+from lora_tuner.evaluation import gain_matrix
 from lora_tuner.inference.generator import EncodedPrompt, Generator
 from lora_tuner.models.targets import resolve_target_modules
 
@@ -65,7 +66,7 @@ def check_family(tmp_path, settings, family, **precision):
     prompt = EncodedPrompt("", list(range(10, 8 + context)))
     output = generator.generate(prompt, SamplingParams(max_new_tokens=2, greedy=True))
     assert output.tokens == 2 or output.finished
-    measured = evaluation.evaluate([adapter], options=options)
+    measured = gain_matrix.evaluate([adapter], options=options)
     assert measured.cells[0][0].loss == pytest.approx(adapter.manifest.result.loss, abs=1e-5)
     merged = merge(adapter, tmp_path / "merged", options=ModelOptions()).comparison
     if not precision:

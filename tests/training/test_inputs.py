@@ -4,12 +4,13 @@ import pytest
 import torch
 import yaml
 
-from lora_tuner import Interrupted, Library, Notice, evaluation, resume, train
+from lora_tuner import Interrupted, Library, Notice, resume, train
 from lora_tuner.adapters import adapter as adapters_adapter
 from lora_tuner.config import TrainConfig
 from lora_tuner.data import chat, eval_sets
 from lora_tuner.data.splitting import content_hash
 from lora_tuner.errors import BaseModelError, DataError, TrainingError, ignore_events
+from lora_tuner.evaluation import gain_matrix, held_out_loss
 from lora_tuner.settings_files import resolve_settings
 from lora_tuner.training.inputs import load_inputs
 from lora_tuner.training.preview import preview
@@ -178,9 +179,9 @@ def test_eval_dataset_is_not_trained_on(settings, films, tmp_path):
     assert facts.counts["in_eval_dataset"] == len(set(alone.dataset.train) & measured)
     assert facts.counts["held_out"] == len(held_out)
     assert facts.counts["read"] == sum(facts.counts.values()) - facts.counts["read"]
-    assert evaluation.cached_rows(adapter) == eval_sets.EvalSet("reviews", setup.held_out_texts)
+    assert gain_matrix.cached_rows(adapter) == eval_sets.EvalSet("reviews", setup.held_out_texts)
     assert result.base_loss == pytest.approx(
-        evaluation.measure_loss(setup.base.model, setup.base, setup.held_out).loss, abs=1e-6
+        held_out_loss.measure_loss(setup.base.model, setup.base, setup.held_out).loss, abs=1e-6
     )
     assert "\neval_dataset: films.csv\n" in (adapter.path / adapters_adapter.RUN_FILE).read_text()
     assert "| Evaluated on | films.csv |" in (adapter.path / adapters_adapter.CARD_FILE).read_text()
@@ -196,7 +197,7 @@ def test_measured_split_file_is_recorded_and_repeated(settings, tmp_path):
     adapter = train(settings(dataset="data", eval_rows=100))
     facts = adapter.manifest.data
     assert (facts.eval_dataset, facts.eval_split, facts.held_out_rows) == ("data", "validation", 25)
-    assert set(evaluation.cached_rows(adapter).texts) == set(texts[45:70])
+    assert set(gain_matrix.cached_rows(adapter).texts) == set(texts[45:70])
     assert facts.counts["read"] == 50
     assert "| Evaluated on | data (validation) |" in (adapter.path / adapters_adapter.CARD_FILE).read_text()
     again = train(resolve_settings(TrainConfig, {"name": "again"}, adapter.path / adapters_adapter.RUN_FILE))

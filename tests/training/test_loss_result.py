@@ -4,13 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from lora_tuner import ModelOptions, Notice, Progress, TrainConfig, evaluate, evaluation, resume, train
+from lora_tuner import ModelOptions, Notice, Progress, TrainConfig, evaluate, resume, train
 from lora_tuner.adapters.adapter import CARD_FILE
 from lora_tuner.adapters.manifest import EvalResult
 from lora_tuner.cli.display import format_result
 from lora_tuner.convert.remeasure import remeasure
 from lora_tuner.data.general_text import general_texts
 from lora_tuner.errors import BaseModelError
+from lora_tuner.evaluation import held_out_loss
 from lora_tuner.inference import probes
 from lora_tuner.training import loss_result, profiling, sweep
 from lora_tuner.training.setup import TrainingSetup, prepare_training
@@ -25,13 +26,13 @@ CPU = ModelOptions(device="cpu")
 def passes(monkeypatch, tmp_path):
     """Rows of each forward pass that measures losses, with the context; None at each step. The cache is empty."""
     monkeypatch.setenv("LORA_TUNER_CACHE", str(tmp_path / "cache"))
-    nll, seen = evaluation._nll, []
+    nll, seen = held_out_loss._nll, []
 
     def watch(model, base, rows, context):
         seen.append(([row.tobytes() for row in rows], getattr(context, "__name__", "")))
         return nll(model, base, rows, context)
 
-    monkeypatch.setattr(evaluation, "_nll", watch)
+    monkeypatch.setattr(held_out_loss, "_nll", watch)
     return seen
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
-from lora_tuner import Interrupted, Library, Notice, Progress, atomic_io, evaluation, plan, resume, train
+from lora_tuner import Interrupted, Library, Notice, Progress, atomic_io, plan, resume, train
 from lora_tuner.adapters.adapter import CARD_FILE, MANIFEST_FILE
 from lora_tuner.adapters.gains import HeldOutLoss
 from lora_tuner.adapters.growth import find_growth
@@ -21,6 +21,7 @@ from lora_tuner.adapters.preference_info import PairedFigure, PreferenceInfo
 from lora_tuner.config import DEFAULT_BETA
 from lora_tuner.data.packing import PackedSequences, collate
 from lora_tuner.errors import DivergedError, TrainingError
+from lora_tuner.evaluation import gain_matrix, held_out_loss
 from lora_tuner.models import lora
 from lora_tuner.training import objectives, preference_result, reference, sweep, sweep_result
 from lora_tuner.training.learning_rate import RATE_SHARES
@@ -228,7 +229,7 @@ def test_reference_is_measured_for_seen_rows(preferring):
     assert len(seen) == 2 * 3
     logps = measured.objective.reference[0]
     assert logps.isfinite().nonzero().flatten().tolist() == seen
-    loss = evaluation.measure_loss(setup.base.model, setup.base, [setup.sequences.rows[row] for row in seen])
+    loss = held_out_loss.measure_loss(setup.base.model, setup.base, [setup.sequences.rows[row] for row in seen])
     assert logps[seen].tolist() == pytest.approx([-nll for nll in loss.nll], abs=1e-3)
     stages = [event.stage for event in told if isinstance(event, Progress)]
     assert "reference log-probabilities" in stages
@@ -303,9 +304,9 @@ def test_run_learns_to_prefer(preferring, objective, capsys):
 
 def test_gain_is_of_chosen_answers(preferring):
     adapter = train(preferring())
-    rows = evaluation.cached_rows(adapter).texts
+    rows = gain_matrix.cached_rows(adapter).texts
     assert len(rows) == adapter.manifest.preference.rows
-    ((cell,),) = evaluation.evaluate([adapter]).cells
+    ((cell,),) = gain_matrix.evaluate([adapter]).cells
     assert cell == adapter.manifest.result
 
 
@@ -323,7 +324,7 @@ def test_rejected_answers_may_diverge(preferring, monkeypatch):
 
 def test_plan_tells_time_of_reference(preferring, monkeypatch):
     """Without measuring it."""
-    monkeypatch.setattr(evaluation, "measure_cached", None)
+    monkeypatch.setattr(held_out_loss, "measure_cached", None)
     cost = plan(preferring(batch_size=1, max_steps=3, packing=False))
     assert cost.reference_seconds > 0
     assert plan(preferring("orpo")).reference_seconds == 0

@@ -18,7 +18,6 @@ from lora_tuner import (
     Notice,
     TrainConfig,
     atomic_io,
-    evaluation,
     plan,
     resume,
     train,
@@ -34,6 +33,7 @@ from lora_tuner.adapters.library import Ancestor
 from lora_tuner.adapters.manifest import ParentInfo
 from lora_tuner.cli.options import eval_sets_from
 from lora_tuner.errors import AdapterError, ConfigError, WrongBaseError
+from lora_tuner.evaluation import held_out_loss
 from lora_tuner.models import lora
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
@@ -118,11 +118,11 @@ def test_child_starts_with_parent_weights(parent):
 def test_child_starts_with_parent_loss(parent):
     setup = prepare_training(child(dataset="noir.json", name="on"))
     result = parent.manifest.result
-    assert evaluation.measure_loss(setup.model, setup.base, setup.held_out).loss == pytest.approx(
+    assert held_out_loss.measure_loss(setup.model, setup.base, setup.held_out).loss == pytest.approx(
         result.loss, abs=1e-6
     )
     with setup.model.disable_adapter():
-        plain = evaluation.measure_loss(setup.model, setup.base, setup.held_out).loss
+        plain = held_out_loss.measure_loss(setup.model, setup.base, setup.held_out).loss
     assert plain == pytest.approx(result.base_loss, abs=1e-6)
     assert abs(result.gain) > 0.01
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lora_tuner import Interrupted, Library, Notice, evaluation, plan, resume, train
+from lora_tuner import Interrupted, Library, Notice, plan, resume, train
 from lora_tuner.adapters.gains import HeldOutLoss
 from lora_tuner.adapters.model_card import model_card
 from lora_tuner.errors import ConfigError, DivergedError
+from lora_tuner.evaluation import held_out_loss
 from lora_tuner.training import learning_rate, rate_probe, sweep
 from lora_tuner.training.learning_rate import plan_probe
 from lora_tuner.training.profiling import StepProfile
@@ -141,8 +142,8 @@ def test_choosing_rows_are_not_reported(inputs, settings):
     base = inputs.base
     found = plan_probe(inputs, PROFILE, 5000)
     texts = inputs.dataset.held_out
-    assert lists(inputs.held_out) == lists(evaluation.encode_held_out(base, texts[:5]))
-    assert lists(found.rows) == lists(evaluation.encode_held_out(base, texts[5:]))
+    assert lists(inputs.held_out) == lists(held_out_loss.encode_held_out(base, texts[:5]))
+    assert lists(found.rows) == lists(held_out_loss.encode_held_out(base, texts[5:]))
     assert not found.reported
     many = prepare_training(settings(max_steps=1, eval_rows=len(texts)))
     found = plan_probe(many, PROFILE, 5000)
@@ -163,7 +164,7 @@ def test_choosing_rows_are_of_other_groups(settings, tmp_path):
     reported = {of[text] for text in setup.held_out_texts}
     others = [text for text in setup.dataset.held_out if of[text] not in reported]
     assert len(others) + 6 < len(setup.dataset.held_out)
-    assert lists(found.rows) == lists(evaluation.encode_held_out(setup.base, others[: len(found.rows)]))
+    assert lists(found.rows) == lists(held_out_loss.encode_held_out(setup.base, others[: len(found.rows)]))
     assert found.groups == setup.dataset.groups_of(others[: len(found.rows)])
 
 

@@ -8,12 +8,13 @@ import torch
 import yaml
 from filelock import FileLock
 
-from lora_tuner import EvalSet, Interrupted, Library, ModelOptions, Notice, Progress, evaluation, resume, train
+from lora_tuner import EvalSet, Interrupted, Library, ModelOptions, Notice, Progress, resume, train
 from lora_tuner.adapters import adapter as adapters_adapter
 from lora_tuner.config import TrainConfig
 from lora_tuner.data.dataset import load_dataset
 from lora_tuner.data.general_text import general_texts
 from lora_tuner.errors import AdapterError, BaseModelError, DataError, TrainingError
+from lora_tuner.evaluation import gain_matrix, held_out_loss
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
 from lora_tuner.settings_files import resolve_settings
@@ -47,8 +48,8 @@ def test_training_lowers_held_out_loss(settings, model_folder):
     assert result.gain == pytest.approx(result.base_loss - result.loss)
     base = load_base(find_base(str(model_folder)), ModelOptions(device="cpu"))
     corpus = load_dataset(settings())
-    rows = evaluation.encode_held_out(base, corpus.held_out[:20])
-    assert result.base_loss == pytest.approx(evaluation.measure_loss(base.model, base, rows).loss, abs=1e-6)
+    rows = held_out_loss.encode_held_out(base, corpus.held_out[:20])
+    assert result.base_loss == pytest.approx(held_out_loss.measure_loss(base.model, base, rows).loss, abs=1e-6)
     assert (result.rows, result.tokens) == (len(rows), sum(len(row) - 1 for row in rows))
 
 
@@ -65,7 +66,7 @@ def test_run_measures_general_text(settings, roomy, monkeypatch):
     general = adapter.manifest.general
     texts = [text for kind in general_texts(subset=True) for text in kind.texts]
     rows = EvalSet("general", texts)
-    ((cell,),) = evaluation.evaluate([adapter], [rows], options=ModelOptions(device="cpu")).cells
+    ((cell,),) = gain_matrix.evaluate([adapter], [rows], options=ModelOptions(device="cpu")).cells
     assert general.model_dump() == pytest.approx(cell.model_dump(), abs=1e-5)
     assert general.rows == 8 * 5
     assert abs(general.gain) > general.standard_error > 0
@@ -85,7 +86,7 @@ def test_failed_general_text_keeps_run(settings, roomy, monkeypatch):
     def fail(*args):
         raise BaseModelError("its loss is nan.")
 
-    monkeypatch.setattr(evaluation, "encode_held_out", fail)
+    monkeypatch.setattr(held_out_loss, "encode_held_out", fail)
     told = []
     assert train(settings(base=roomy), told.append).manifest.general is None
     assert Notice("General text was not measured: its loss is nan.") in told

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from lora_tuner import Library, ModelOptions, TrainConfig, evaluate, evaluation, resume, train
+from lora_tuner import Library, ModelOptions, TrainConfig, evaluate, resume, train
 from lora_tuner.adapters.growth import find_growth
 from lora_tuner.data.dataset import load_dataset
 from lora_tuner.errors import (
@@ -18,6 +18,7 @@ from lora_tuner.errors import (
     TrainingError,
     WrongBaseError,
 )
+from lora_tuner.evaluation import gain_matrix
 from lora_tuner.models import loading
 from lora_tuner.models.resolve import find_base
 from lora_tuner.settings_files import expand_sweep, resolve_settings
@@ -68,7 +69,7 @@ def test_sweep_never_selects_on_test(settings, tmp_path):
     for trial in result.trials:
         adapter = Library().get(trial.name)
         assert adapter.manifest.data.eval_dataset is None
-        assert set(evaluation.cached_rows(adapter).texts) <= set(texts)
+        assert set(gain_matrix.cached_rows(adapter).texts) <= set(texts)
         config = resolve_settings(TrainConfig, {"name": "again", "overwrite": True}, adapter.path / "run.yaml")
         assert train(config).manifest.data == adapter.manifest.data
     with pytest.raises(ConfigError, match=r"data is a test split \(test\), and a sweep selects"):
@@ -110,7 +111,7 @@ def test_sizes_are_nested_and_measured_alike(sweep_rows, monkeypatch):
         data = adapter.manifest.data
         assert data.held_out_hash == adapters[-1].manifest.data.held_out_hash
         assert data.counts["not_drawn"] > 0
-        assert not rows & set(evaluation.cached_rows(adapter).texts)
+        assert not rows & set(gain_matrix.cached_rows(adapter).texts)
     again = train(configs[0].model_copy(update={"name": "again"}))
     assert (again.sha256, again.manifest.data) == (adapters[0].sha256, adapters[0].manifest.data)
     figures = result.growth.doublings

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_tuner import Library, ModelOptions, Notice, atomic_io, evaluation, resume, train
+from lora_tuner import Library, ModelOptions, Notice, atomic_io, resume, train
 from lora_tuner.adapters import adapter as adapters_adapter
 from lora_tuner.errors import DivergedError
+from lora_tuner.evaluation import held_out_loss
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
 from lora_tuner.training.setup import prepare_training
@@ -37,7 +38,7 @@ def test_logged_loss_equals_measured_loss(settings, model_folder, tmp_path, pack
         )
     )
     base = load_base(find_base("base"), ModelOptions(device="cpu"))
-    true = evaluation.measure_loss(base.model, base, setup.sequences.rows)
+    true = held_out_loss.measure_loss(base.model, base, setup.sequences.rows)
     assert len(logged) == 1
     assert logged[0]["tokens"] == sum(true.predictions)
     assert logged[0]["loss"] == pytest.approx(true.loss, abs=1e-4)
@@ -103,7 +104,7 @@ def test_curve_is_on_fixed_subset(settings):
     (rows,) = {point["eval_subset_rows"] for point in points.values()}
     assert 2 <= rows < result.rows
     setup = prepare_training(config)
-    measured = evaluation.measure_base_loss(setup.base, [setup.held_out[row] for row in setup.curve.rows])
+    measured = held_out_loss.measure_base_loss(setup.base, [setup.held_out[row] for row in setup.curve.rows])
     assert points[0]["eval_subset_loss"] == pytest.approx(measured.loss, abs=1e-6)
     notices = [event.text for event in told if isinstance(event, Notice)]
     for step in (4, 28):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from ...adapters.manifest import EvalResult
-from ...evaluation import GainMatrix
+from ...evaluation.gain_matrix import GainMatrix
 from ...text import GAIN_SCALE, describe_gain, display_name, format_count, format_gain, format_names, shorten
 from . import charts, html
 

@@ -8,9 +8,9 @@ from functools import cached_property
 
 import gradio as gr
 
-from ... import evaluation
 from ...config import TrainConfig
 from ...errors import ConfigError, GenerationError, Interrupted, LoraTunerError, Notice, Progress
+from ...evaluation import gain_matrix
 from ...models.loading import LoadedBase
 from ...settings_files import resolve_settings
 from ...text import as_typed, format_names
@@ -75,7 +75,7 @@ class GainsTab(PageTab):
                 raise GenerationError("Choose at least one adapter to evaluate.")
             eval_rows = resolve_settings(TrainConfig, {"eval_rows": rows}).eval_rows if rows else None
             return show_gains(
-                evaluation.evaluate_on(
+                gain_matrix.evaluate_on(
                     self.evaluation_base,
                     adapters,
                     eval_rows=eval_rows,

@@ -10,7 +10,7 @@ from playwright.sync_api import Error, sync_playwright
 from lora_tuner import Generator, ModelOptions
 
 from ...api_server import TEMPLATE, add_hostile_adapters, serving
-from ...test_evaluation import train_in
+from ...evaluation.test_gain_matrix import train_in
 from .browser import BROWSER_OPTIONS, CHROMIUM, open_page
 
 

@@ -10,11 +10,12 @@ from xml.etree import ElementTree
 import pytest
 from playwright.sync_api import expect
 
-from lora_tuner import Library, ModelOptions, evaluate, evaluation
+from lora_tuner import Library, ModelOptions, evaluate
 from lora_tuner.adapters.manifest import EvalResult
 from lora_tuner.data.eval_sets import EvalSet
 from lora_tuner.errors import Interrupted
-from lora_tuner.evaluation import GainMatrix
+from lora_tuner.evaluation import gain_matrix, held_out_loss
+from lora_tuner.evaluation.gain_matrix import GainMatrix
 from lora_tuner.server.metrics import Metrics
 from lora_tuner.server.playground.gain_matrix import show_gains
 from lora_tuner.server.playground.requests import PageRequests
@@ -95,9 +96,9 @@ def test_downloads_have_the_figures():
 
 
 def test_heat_map_equals_evaluate(visit, adapters, served, monkeypatch):
-    encode, tokenizers = evaluation.encode_measured, []
+    encode, tokenizers = held_out_loss.encode_measured, []
     monkeypatch.setattr(
-        evaluation,
+        held_out_loss,
         "encode_measured",
         lambda base, *rows: (tokenizers.append(base.tokenizer), encode(base, *rows))[1],
     )
@@ -177,7 +178,7 @@ def test_missing_adapter_is_named(served, monkeypatch):
 @pytest.mark.slow
 def test_stop_or_leave_cancels_evaluation(visit, served, monkeypatch):
     ended = []
-    evaluate_on = evaluation.evaluate_on
+    evaluate_on = gain_matrix.evaluate_on
 
     def watched(*arguments, **settings):
         try:
@@ -187,8 +188,8 @@ def test_stop_or_leave_cancels_evaluation(visit, served, monkeypatch):
             raise
 
     # About 30 seconds of work.
-    monkeypatch.setattr(evaluation, "_length_batches", lambda rows, _: [[0]] * 10_000)
-    monkeypatch.setattr(evaluation, "evaluate_on", watched)
+    monkeypatch.setattr(held_out_loss, "_length_batches", lambda rows, _: [[0]] * 10_000)
+    monkeypatch.setattr(gain_matrix, "evaluate_on", watched)
     page = visit()
     open_tab(page, "Gains")
     page.get_by_label("Rows").fill("3")  # not cached

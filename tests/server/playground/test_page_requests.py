@@ -14,9 +14,10 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from lora_tuner import Generator, ModelOptions, SamplingParams, evaluation
+from lora_tuner import Generator, ModelOptions, SamplingParams
 from lora_tuner.adapters.adapter import MANIFEST_FILE, load_adapter_folder
 from lora_tuner.errors import GenerationError
+from lora_tuner.evaluation import gain_matrix
 from lora_tuner.server.metrics import JsonLines, Metrics
 
 from ...api_server import KEY, PROMPT, add_hostile_adapters, serving, write_adapter
@@ -155,7 +156,7 @@ def test_measurements_leave_room_for_answers(served, playground, monkeypatch):
         release.set()
         return await asyncio.gather(*visits)
 
-    monkeypatch.setattr(evaluation, "evaluate_on", held)
+    monkeypatch.setattr(gain_matrix, "evaluate_on", held)
     visits = run_async(visit_all())
     assert all("measured" in updates[-1] for updates in visits)
     assert len(entered) == 11

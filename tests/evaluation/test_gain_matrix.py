@@ -1,3 +1,5 @@
+"""Gains of adapters on sets of rows: those of plain PEFT, from the cache where they were measured."""
+
 import dataclasses
 import json
 import math
@@ -9,97 +11,20 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lora_tuner import EvalSet, Library, ModelOptions, Notice, TrainConfig, evaluate, evaluation, train
+from lora_tuner import EvalSet, Library, ModelOptions, Notice, TrainConfig, evaluate, train
 from lora_tuner.adapters.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, load_adapter_folder
 from lora_tuner.adapters.gains import paired_gain
-from lora_tuner.config import HELD_OUT_MAX_TOKENS
 from lora_tuner.data import eval_sets
 from lora_tuner.data.dataset import load_dataset
-from lora_tuner.data.packing import IGNORE_INDEX, PackedSequences, collate
 from lora_tuner.errors import AdapterError, WrongBaseError
+from lora_tuner.evaluation import gain_matrix, held_out_loss
 from lora_tuner.inference.multi_lora import MultiLora
 from lora_tuner.models import loading
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
 
-from . import tiny_models
-
-
-@pytest.fixture
-def base(model_folder):
-    return load_base(find_base(str(model_folder)), ModelOptions(device="cpu"))
-
-
-def test_loss_matches_rows_alone(base):
-    rows = evaluation.encode_held_out(base, tiny_models.reviews(7))
-    held_out = evaluation.measure_loss(base.model, base, rows)
-    total = count = 0.0
-    for row in rows:
-        ids = torch.tensor([row.tolist()])
-        with torch.no_grad():
-            log = torch.log_softmax(base.model(ids).logits[0, :-1].double(), -1)
-        total -= log.gather(1, ids[0, 1:, None]).sum().item()
-        count += len(row) - 1
-    assert held_out.loss == pytest.approx(total / count, abs=1e-5)
-
-
-def test_loss_is_independent_of_batch_size(base):
-    rows = evaluation.encode_held_out(base, tiny_models.reviews(20))
-    losses = [
-        evaluation.measure_loss(base.model, base, rows, batch_tokens=size).loss for size in (1, 100, 512, 100_000)
-    ]
-    assert max(losses) - min(losses) < 1e-4
-
-
-def test_loss_is_independent_of_packing(base):
-    rows = evaluation.encode_held_out(base, tiny_models.reviews(20))
-    expected = evaluation.measure_loss(base.model, base, rows).loss
-    for packing in (True, False):
-        sequences = PackedSequences(rows, tiny_models.CONTEXT, packing=packing)
-        batch = collate([sequences[i] for i in range(len(sequences))], 0)
-        labels = batch.pop("labels")
-        with torch.no_grad(), base.lm_head.skip_lm_head():
-            nll = base.lm_head.nll(base.model(**batch, use_cache=False).logits, labels)
-        assert (nll.sum() / (labels != IGNORE_INDEX).sum()).item() == pytest.approx(expected, abs=1e-4)
-
-
-def test_long_rows_are_truncated(base):
-    (row,) = evaluation.encode_held_out(base, ["word " * 3000])
-    assert len(row) == min(HELD_OUT_MAX_TOKENS, tiny_models.CONTEXT)
-
-
-def test_measure_loss_restores_training_mode(base):
-    rows = evaluation.encode_held_out(base, tiny_models.reviews(2))
-    for training in (True, False):
-        base.model.train(training)
-        evaluation.measure_loss(base.model, base, rows)
-        assert base.model.training is training
-
-
-def test_base_loss_is_cached(base, monkeypatch):
-    rows = evaluation.encode_held_out(base, tiny_models.reviews(5, seed=5))
-    first = evaluation.measure_base_loss(base, rows)
-    monkeypatch.setattr(evaluation, "measure_loss", lambda *_, **__: pytest.fail("measured again"))
-    assert evaluation.measure_base_loss(base, rows) == first
-
-
-@pytest.mark.parametrize("damage", [
-    lambda text: text[:-9], lambda text: text.replace("1", "2"), lambda text: "", lambda text: '{"nll": [1], "predictions": [1]}',
-])  # fmt: skip
-def test_damaged_loss_cache_is_made_again(base, tmp_path, monkeypatch, damage):
-    monkeypatch.setenv("LORA_TUNER_CACHE", str(tmp_path / "cache"))
-    rows, notices = evaluation.encode_held_out(base, tiny_models.reviews(5, seed=6)), []
-    first = evaluation.measure_base_loss(base, rows)
-    (file,) = (tmp_path / "cache" / "losses").iterdir()
-    file.write_text(damage(file.read_text()))
-    for _ in range(2):
-        assert evaluation.measure_base_loss(base, rows, notices.append) == first
-    assert [notice.text for notice in notices if isinstance(notice, Notice)] == [
-        f"{file} is damaged: what it held is made again."
-    ]
-
-
-# The gain matrix
+from .. import tiny_models
+from ..inference.test_multi_lora import save_peft_adapter
 
 
 def styles():
@@ -167,19 +92,19 @@ def measured(monkeypatch):
         stages.append(stage)
         return measure(*args, stage=stage, **kwargs)
 
-    measure = evaluation.measure_loss
-    monkeypatch.setattr(evaluation, "measure_loss", count)
+    measure = held_out_loss.measure_loss
+    monkeypatch.setattr(held_out_loss, "measure_loss", count)
     return stages
 
 
 def peft_gain(folder, adapter, texts):
     """The gain computed with plain PEFT."""
     base = load_base(find_base(str(folder)), ModelOptions(device="cpu"))
-    rows = evaluation.encode_held_out(base, texts)
+    rows = held_out_loss.encode_held_out(base, texts)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter.path)
     peft_base = dataclasses.replace(base, model=model)
     return paired_gain(
-        evaluation.measure_loss(base.model, base, rows), evaluation.measure_loss(model, peft_base, rows)
+        held_out_loss.measure_loss(base.model, base, rows), held_out_loss.measure_loss(model, peft_base, rows)
     )
 
 
@@ -357,7 +282,7 @@ def test_damaged_held_out_rows_are_loaded_again(adapters, trained, tmp_path):
     shutil.copy(trained / "noir.json", tmp_path)
     path.write_text(before.replace("actor", "arctic"), encoding="utf-8")
     for _ in range(2):
-        rows = evaluation.cached_rows(adapters[0], notices.append)
+        rows = gain_matrix.cached_rows(adapters[0], notices.append)
         assert rows == EvalSet("noir", json.loads(before))
     assert notices == [Notice(f"{path} is damaged: the held-out rows of noir are loaded again.")]
     assert path.read_text(encoding="utf-8") == before
@@ -371,12 +296,12 @@ def test_rows_are_cached_for_each_grouping(adapters, tmp_path):
         eval_sets.cache_rows(rows)
     for rows in sets:
         changed = data.model_copy(update={"held_out_hash": rows.hash()})
-        assert evaluation.cached_rows(with_manifest(adapters[0], data=changed)) == rows
+        assert gain_matrix.cached_rows(with_manifest(adapters[0], data=changed)) == rows
     # As the first version with groups wrote it.
     path = tmp_path / "cache" / "held-out" / f"{sets[1].hash()}.json"
     path.write_text(json.dumps({"texts": texts, "groups": sets[0].groups}))
     changed = data.model_copy(update={"held_out_hash": sets[1].hash()})
-    assert evaluation.cached_rows(with_manifest(adapters[0], data=changed)) == sets[0]
+    assert gain_matrix.cached_rows(with_manifest(adapters[0], data=changed)) == sets[0]
 
 
 def test_loss_cache_of_other_rows_is_ignored(adapters, tmp_path, measured):
@@ -480,7 +405,7 @@ def test_different_groups_of_dataset_give_notice(adapters):
     for name, expected in ((adapters[0].manifest.data.name, 1), ("another.csv", 0)):
         events = []
         changed = with_manifest(adapters[1], data=data.model_copy(update={"name": name}))
-        evaluation.notify_eval_rows([adapters[0], changed], events.append)
+        gain_matrix.notify_eval_rows([adapters[0], changed], events.append)
         assert ["differ in --group-by" in event.text for event in events] == [True] * expected
 
 
@@ -510,7 +435,7 @@ def test_interrupt_leaves_no_hooks(adapters, monkeypatch):
         models.append(model)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation, "measure_loss", interrupted)
+    monkeypatch.setattr(held_out_loss, "measure_loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(adapters, options=ModelOptions(device="cpu"))
     assert not any(module._forward_hooks for module in models[0].modules())
@@ -580,8 +505,6 @@ def test_quantized_loss_has_its_own_cache(adapters, options):
 
 def test_pattern_order_changes_loss_key(gpt2, tmp_path):
     """The first key of a pattern that matches counts, so the order decides the scale."""
-    from .inference.test_multi_lora import save_peft_adapter
-
     patterns = {"c_attn": 1, "0.attn.c_attn": 60}
     orders = (patterns, dict(reversed(patterns.items())))
     written_adapters = [
@@ -593,7 +516,7 @@ def test_pattern_order_changes_loss_key(gpt2, tmp_path):
     base = load_base(find_base(str(gpt2)), ModelOptions(device="cpu"))
     rows = [EvalSet("some", tiny_models.reviews(6, seed=9))]
     first, second = (
-        evaluation.held_out_losses(base, {"one": load_adapter_folder(adapter.path)}, rows)[0][0][1].loss
+        gain_matrix.held_out_losses(base, {"one": load_adapter_folder(adapter.path)}, rows)[0][0][1].loss
         for adapter in written_adapters
     )
     assert abs(first - second) > 1e-3
@@ -601,7 +524,7 @@ def test_pattern_order_changes_loss_key(gpt2, tmp_path):
 
 def test_shared_base_is_clean_between_batches(adapters, gpt2, monkeypatch):
     """Between batches the base is plain, its head included, for other users."""
-    monkeypatch.setattr(evaluation, "BATCH_TOKENS_CPU", 64)
+    monkeypatch.setattr(held_out_loss, "BATCH_TOKENS_CPU", 64)
     base = load_base(find_base(str(gpt2)), ModelOptions(device="cpu"))
     ids = torch.arange(9)[None]
     batches = []
@@ -616,7 +539,7 @@ def test_shared_base_is_clean_between_batches(adapters, gpt2, monkeypatch):
         return work()
 
     before = plain()
-    matrix = evaluation.evaluate_on(base, adapters, eval_rows=4, access=access)
+    matrix = gain_matrix.evaluate_on(base, adapters, eval_rows=4, access=access)
     assert plain().equal(before)
     assert len(batches) > 3 + 3 * 2 + 9  # tokenization, the base and the cells have several batches each
     assert matrix == evaluate(adapters, eval_rows=4, options=ModelOptions(device="cpu"))
