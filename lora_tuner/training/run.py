@@ -5,7 +5,6 @@ appears in the library when the run has finished, and the folder is removed. A r
 if nothing has changed that would change its result.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, replace
@@ -23,9 +22,7 @@ from ..adapters.adapter import (
     RUN_FILE,
     Adapter,
     load_adapter_folder,
-    read_manifest,
     validate_name,
-    verify_adapter,
 )
 from ..adapters.gains import paired_gain
 from ..adapters.library import Library, adapter_name
@@ -35,8 +32,6 @@ from ..config import TrainConfig
 from ..data import eval_sets
 from ..data.prompts import held_out_prompts
 from ..errors import (
-    AdapterError,
-    ConfigError,
     EventHandler,
     Interrupted,
     Notice,
@@ -46,7 +41,6 @@ from ..errors import (
 from ..evaluation import held_out_loss
 from ..models import fsdp, lora
 from ..settings_files import config_to_yaml, resolve_settings
-from ..text import format_names
 from . import (
     arguments,
     checkpoints,
@@ -59,13 +53,13 @@ from . import (
     trainer,
 )
 from .advice import describe_length, passes_advice, rate_advice
-from .checkpoints import RETRAIN_ADVICE, save_adapter
+from .checkpoints import save_adapter
 from .inputs import dtype_name
 from .profiling import RunEstimate
 from .progress import closing, display
 from .samples import RunSamples
 from .setup import TrainingSetup, prepare_training
-from .unfinished import unfinished_runs
+from .unfinished import load_stopped_run, nothing_to_resume
 
 History = list[dict[str, float]]
 Prepare = Callable[[TrainConfig, EventHandler], TrainingSetup]
@@ -122,7 +116,7 @@ def resume(
     checkpoints.check_acceptable(accept)
     folder = runs_dir / validate_name(name)
     if not (folder / RUN_FILE).is_file():
-        raise _nothing_to_resume(folder)
+        raise nothing_to_resume(folder)
     changes: dict[str, object] = {"runs_dir": runs_dir}
     if threads is not None:
         changes["threads"] = threads
@@ -130,7 +124,7 @@ def resume(
     notify = _join_processes(saved, notify)
     distributed.run_on_rank_zero(partial(paths.check_places, saved, resuming=True))
     with closing(notify), paths.run_lock(runs_dir, name):
-        checkpoint, manifests = distributed.run_on_rank_zero(partial(_load_stopped_run, saved, folder, notify))
+        checkpoint, manifests = distributed.run_on_rank_zero(partial(load_stopped_run, saved, folder, notify))
         library = distributed.run_on_rank_zero(partial(paths.check_output_paths, saved, resuming=True))
         arguments.check_trackers(saved)
         setup = prepare(checkpoints.for_world_size(saved, manifests[folder], notify), notify)
@@ -219,33 +213,6 @@ def plan(requested: TrainConfig, notify: EventHandler | None = display) -> RunEs
     )
 
 
-def _load_stopped_run(
-    saved: TrainConfig, folder: Path, notify: EventHandler
-) -> tuple[Path | None, dict[Path, Manifest]]:
-    """Find the checkpoint to resume from, and check that it belongs to the run with these settings.
-
-    Returns:
-        The checkpoint, or None to start from the first step; the manifests of the run and the
-        checkpoint by folder.
-    """
-    if not (folder / RUN_FILE).is_file():  # the run finished before this process got the lock
-        raise _nothing_to_resume(folder)
-    if saved.name != folder.name or saved.max_steps is None:
-        raise TrainingError(
-            f"{folder / RUN_FILE} was changed: its name is {saved.name}, its max_steps "
-            f"{saved.max_steps}. {RETRAIN_ADVICE}"
-        )
-    _check_not_finished(saved, folder)
-    checkpoint = checkpoints.latest_valid(folder, notify)
-    manifests = {path: checkpoints.read_run_manifest(path) for path in (folder, checkpoint or folder)}
-    if checkpoint is not None:
-        settings = resolve_settings(TrainConfig, {}, checkpoint / RUN_FILE)
-        checkpoints.check_settings(
-            (saved, manifests[folder]), (settings, manifests[checkpoint]), folder, checkpoint
-        )
-    return checkpoint, manifests
-
-
 def _inexact_facts(before: Iterable[Manifest], setup: TrainingSetup, accept: Collection[str]) -> tuple[str, ...]:
     """Return the facts that differ from those of the first step, as this resume or one before accepts."""
     manifests = [*before]
@@ -262,38 +229,6 @@ def _join_processes(requested: TrainConfig, notify: EventHandler | None) -> Even
     fsdp.read_settings(requested.device)
     distributed.init_process_group(requested.device)
     return notify if notify and distributed.rank() == 0 else ignore_events
-
-
-def _nothing_to_resume(folder: Path) -> TrainingError:
-    """Make the error that says why a folder holds no run that can be resumed."""
-    library = Library(TrainConfig().adapters_dir)
-    why = "it has finished (into another --adapters-dir?), or never started"
-    if folder.name in library.names():
-        why = f"it has finished, as {library.path / folder.name}"
-    elif (sweep_result := paths.sweep_folder(folder.parent, folder.name) / paths.SWEEP_RESULT_FILE).is_file():
-        why = f"its sweep has finished, with the result {sweep_result}"
-    elif copies := sorted(folder.glob(f"*/{RUN_FILE}")):
-        why = f"it has finished, or {folder / RUN_FILE} was removed; {copies[0]} is a copy of it"
-    advice = "Train without --resume"
-    if others := [run.name for run in unfinished_runs(folder.parent)]:
-        advice += f", or resume one of these (`runs` shows them): {format_names(others)}"
-    text = f"There is no unfinished run {folder}: {why}. {advice}."
-    if folder.name in library.names():
-        text += f" {checkpoints.more_steps_advice(library.path / folder.name)}"
-    return TrainingError(text)
-
-
-def _check_not_finished(saved: TrainConfig, folder: Path) -> None:
-    """Raise TrainingError when the run has written its adapter but not removed its folder."""
-    with contextlib.suppress(AdapterError, ConfigError):
-        adapter = load_adapter_folder(saved.adapters_dir / str(saved.name))
-        if adapter.manifest is None:
-            return
-        finished = resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE), adapter.manifest
-        # A damaged adapter is trained again.
-        if checkpoints.same_run((saved, read_manifest(folder)), finished) and not verify_adapter(adapter):
-            paths.remove_run_folder(saved, folder, ignore_events)
-            raise TrainingError(f"The run {saved.name} has finished: its adapter is {adapter.path}.")
 
 
 def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | None) -> Adapter:

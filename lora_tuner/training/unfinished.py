@@ -1,5 +1,6 @@
-"""Unfinished runs and sweeps: the state of a sweep, a list of all, removal. No torch."""
+"""Unfinished runs and sweeps: what is resumed of them, a list of all, removal. No torch."""
 
+import contextlib
 import datetime
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -9,12 +10,15 @@ import yaml
 from pydantic import BaseModel, Field
 
 from .. import atomic_io
-from ..adapters.adapter import CONFIG_FILE, RUN_FILE, load_adapter_folder, read_manifest
+from ..adapters.adapter import CONFIG_FILE, RUN_FILE, load_adapter_folder, read_manifest, verify_adapter
+from ..adapters.library import Library
+from ..adapters.manifest import Manifest
 from ..config import TrainConfig
-from ..errors import AdapterError, ConfigError, TrainingError
+from ..errors import AdapterError, ConfigError, EventHandler, TrainingError, ignore_events
 from ..settings_files import read_settings, resolve_settings
 from ..text import NAME_PATTERN, format_names
 from . import checkpoints, paths, tickets
+from .checkpoints import RETRAIN_ADVICE
 from .paths import SWEEP_STATE_FILE
 
 _Progress = tuple[int, int | None, list[str]]  # done, total, datasets
@@ -53,6 +57,65 @@ def write_sweep(state: SweepState, folder: Path) -> None:
     atomic_io.atomic_write_text(
         folder / SWEEP_STATE_FILE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     )
+
+
+def load_stopped_run(
+    saved: TrainConfig, folder: Path, notify: EventHandler
+) -> tuple[Path | None, dict[Path, Manifest]]:
+    """Find the checkpoint to resume from, and check that it belongs to the run with these settings.
+
+    Returns:
+        The checkpoint, or None to start from the first step; the manifests of the run and the
+        checkpoint by folder.
+    """
+    if not (folder / RUN_FILE).is_file():  # the run finished before this process got the lock
+        raise nothing_to_resume(folder)
+    if saved.name != folder.name or saved.max_steps is None:
+        raise TrainingError(
+            f"{folder / RUN_FILE} was changed: its name is {saved.name}, its max_steps "
+            f"{saved.max_steps}. {RETRAIN_ADVICE}"
+        )
+    _check_not_finished(saved, folder)
+    checkpoint = checkpoints.latest_valid(folder, notify)
+    manifests = {path: checkpoints.read_run_manifest(path) for path in (folder, checkpoint or folder)}
+    if checkpoint is not None:
+        settings = resolve_settings(TrainConfig, {}, checkpoint / RUN_FILE)
+        checkpoints.check_settings(
+            (saved, manifests[folder]), (settings, manifests[checkpoint]), folder, checkpoint
+        )
+    return checkpoint, manifests
+
+
+def _check_not_finished(saved: TrainConfig, folder: Path) -> None:
+    """Raise TrainingError when the run has written its adapter but not removed its folder."""
+    with contextlib.suppress(AdapterError, ConfigError):
+        adapter = load_adapter_folder(saved.adapters_dir / str(saved.name))
+        if adapter.manifest is None:
+            return
+        finished = resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE), adapter.manifest
+        # A damaged adapter is trained again.
+        if checkpoints.same_run((saved, read_manifest(folder)), finished) and not verify_adapter(adapter):
+            paths.remove_run_folder(saved, folder, ignore_events)
+            raise TrainingError(f"The run {saved.name} has finished: its adapter is {adapter.path}.")
+
+
+def nothing_to_resume(folder: Path) -> TrainingError:
+    """Make the error that says why a folder holds no run that can be resumed."""
+    library = Library(TrainConfig().adapters_dir)
+    why = "it has finished (into another --adapters-dir?), or never started"
+    if folder.name in library.names():
+        why = f"it has finished, as {library.path / folder.name}"
+    elif (sweep_result := paths.sweep_folder(folder.parent, folder.name) / paths.SWEEP_RESULT_FILE).is_file():
+        why = f"its sweep has finished, with the result {sweep_result}"
+    elif copies := sorted(folder.glob(f"*/{RUN_FILE}")):
+        why = f"it has finished, or {folder / RUN_FILE} was removed; {copies[0]} is a copy of it"
+    advice = "Train without --resume"
+    if others := [run.name for run in unfinished_runs(folder.parent)]:
+        advice += f", or resume one of these (`runs` shows them): {format_names(others)}"
+    text = f"There is no unfinished run {folder}: {why}. {advice}."
+    if folder.name in library.names():
+        text += f" {checkpoints.more_steps_advice(library.path / folder.name)}"
+    return TrainingError(text)
 
 
 def sweep_of(run_folder: Path) -> str | None:
