@@ -120,7 +120,7 @@ def export_ollama(
             else:
                 path, sources = folder / "base.gguf", ["FROM ./base.gguf", "ADAPTER ./adapter.gguf"]
                 written = _write_base_and_adapter(source, adapter, path, dtype, options)
-            modelfile = _Modelfile(source, chat_format, path)
+            modelfile = _Modelfile(source, chat_format, path, options.notify)
             _prepare_prompts(path, source, chat_format, options.notify)
             (folder / MODELFILE).write_text(modelfile.text(sources), encoding="utf-8")
     model = replace(written, path=out / path.name)
@@ -199,7 +199,9 @@ def _write_base_and_adapter(
 class _Modelfile:
     """The parts of a Modelfile."""
 
-    def __init__(self, source: SourceModel, chat_format: ChatFormat | None, path: Path) -> None:
+    def __init__(
+        self, source: SourceModel, chat_format: ChatFormat | None, path: Path, notify: EventHandler
+    ) -> None:
         path_of_settings = source.folder / "generation_config.json"
         settings = json.loads(path_of_settings.read_text("utf-8")) if path_of_settings.is_file() else {}
         self.template = chat_format.go_template() if chat_format else PLAIN
@@ -209,7 +211,7 @@ class _Modelfile:
                 self.parameters[name] = value
         if settings.get("do_sample") is False:
             self.parameters["temperature"] = 0
-        self.stops = _stops(source, chat_format)
+        self.stops = _stops(source, chat_format, notify)
 
     def text(self, sources: list[str]) -> str:
         lines = [*sources, f'TEMPLATE """{self.template}"""']
@@ -225,14 +227,20 @@ def _context_length(path: Path) -> int:
     return int(fields[f"{fields['general.architecture'].contents()}.context_length"].contents())
 
 
-def _stops(source: SourceModel, chat_format: ChatFormat | None) -> list[str]:
+def _stops(source: SourceModel, chat_format: ChatFormat | None, notify: EventHandler) -> list[str]:
     """Texts that end an answer: the end tokens, and where an answer ends with none, the first line
     before the next user message."""
-    ids = dict.fromkeys([*source.end_ids(), *generation_ends(source.folder)])
-    stops = [str(source.tokenizer.decode([number])) for number in ids]
+    known_ids = source.end_ids()  # llama.cpp stops at these without a text
+    stops = {str(source.tokenizer.decode([number])): True for number in known_ids}
+    for number in generation_ends(source.folder):
+        stops.setdefault(str(source.tokenizer.decode([number])), number in known_ids)
     if chat_format and not turn_end_ids(source.tokenizer):
-        stops += chat_format.before_user[False, False, True][0].strip().splitlines()[:1]
-    return [stop for stop in dict.fromkeys(stops) if stop.isprintable() and stop.strip() and '"""' not in stop]
+        stops |= dict.fromkeys(chat_format.before_user[False, False, True][0].strip().splitlines()[:1], True)
+    written = [stop for stop in stops if stop.isprintable() and stop.strip() and '"""' not in stop]
+    for stop, is_known in stops.items():
+        if stop not in written and not is_known:
+            notify(Notice(f"Text does not end at {stop!r} in Ollama: a Modelfile cannot hold it as a stop."))
+    return written
 
 
 def _prepare_prompts(

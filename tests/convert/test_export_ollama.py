@@ -12,7 +12,7 @@ from lora_tuner.adapters.adapter import load_adapter_folder
 from lora_tuner.convert.go_template import example_conversations
 from lora_tuner.convert.llama_runtime import LlamaModel
 from lora_tuner.data.chat_template import apply_template
-from lora_tuner.errors import AdapterError, ConfigError
+from lora_tuner.errors import AdapterError, ConfigError, Notice
 
 from .. import gguf_base, ollama
 from ..cli.test_commands import run
@@ -101,6 +101,20 @@ def test_ollama_chat_generates_same_text(exported, adapter):
     text, _ = gguf_base.LlamaCpp(folder.path / "model.gguf").greedy(prompt, 8)
     generator = Generator(adapter.path, options=ModelOptions(device="cpu"))
     assert text == generator.generate(CHAT, GREEDY).text
+
+
+def test_stop_that_modelfile_cannot_hold_is_said(plain, tmp_path):
+    base = shutil.copytree(plain, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    newline = tokenizer("\n")["input_ids"][0]
+    ends = {"eos_token_id": [tokenizer.eos_token_id, newline]}
+    (base / "generation_config.json").write_text(json.dumps(ends))
+    notices = []
+    options = ModelOptions(base=str(base), notify=notices.append)
+    folder = export_ollama(None, tmp_path / "out", options=options)
+    assert folder.stops == ["<|endoftext|>"]
+    texts = [event.text for event in notices if isinstance(event, Notice)]
+    assert "Text does not end at '\\n' in Ollama: a Modelfile cannot hold it as a stop." in texts
 
 
 def test_base_without_chat_template_takes_prompt(plain, tmp_path):
