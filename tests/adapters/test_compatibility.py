@@ -219,6 +219,11 @@ RENAME = "rename its layers (`python cli.py export mine --to vllm --out mine-vll
             {"model_type": "xglm"},
             "vLLM does not run xglm models, merged or not: use `python cli.py serve` or another base",
         ),
+        (
+            {"model_type": "codegen"},
+            "vLLM does not run codegen models, merged or not: use `python cli.py serve` or another base",
+        ),
+        ({"model_type": "kimi_linear"}, f"vLLM does not support LoRA on kimi_linear models: {MERGE}"),
     ],
 )
 def test_vllm_check_reads_base_config(write, tmp_path, config, obstacle):
@@ -237,11 +242,13 @@ def test_vllm_check_tells_gpt_neo_from_gpt2(write, tmp_path):
     """Their layers have the same names."""
     (obstacle,), _ = check(on_base(write(GPT2), tmp_path / "base", model_type="gpt_neo"), "vllm")
     assert obstacle.startswith("vLLM does not run gpt_neo models, merged or not: ")
+    assert check(on_base(write(GPT2), tmp_path / "other", model_type="gpt_bigcode"), "vllm") == ([], [])
 
 
-def test_vllm_check_names_what_transformers_runs(write, tmp_path):
-    adapter = on_base(write(), tmp_path / "base", model_type="ctrl")
-    note = "vLLM has no ctrl of its own, and runs it by transformers' code if at all: not examined"
+@pytest.mark.parametrize("kind", ["ctrl", "modernbert-decoder", "type-of-next-year"])
+def test_vllm_check_names_what_transformers_runs(write, tmp_path, kind):
+    adapter = on_base(write(), tmp_path / "base", model_type=kind)
+    note = f"vLLM has no {kind} of its own, and runs it by transformers' code if at all: not examined"
     assert check(adapter, "vllm") == ([], [note])
 
 
