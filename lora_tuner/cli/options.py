@@ -137,10 +137,12 @@ class StrictCommand(HelpCommand):
         if any(parameter.name == "preview" for parameter in self.params):
             args = _with_preview_count(args)
         try:
-            parsed, _, order = self.make_parser(ctx).parse_args(args=list(args))
+            parsed, extra, order = self.make_parser(ctx).parse_args(args=list(args))
         except Exception as error:  # the class NoSuchOption is one of Typer's own copy of Click
             self._name_argument(ctx, getattr(error, "option_name", ""), error)
             raise
+        if extra and "help" not in parsed:
+            self._refuse_extra(ctx, extra)
         for option in () if "help" in parsed else order:
             parameter: Any = option
             value = parsed.get(parameter.name)
@@ -152,6 +154,14 @@ class StrictCommand(HelpCommand):
             if "" in values and parameter.name != "prompt":
                 raise typer.BadParameter("it is empty: give a value, or leave it out", ctx, parameter)
         return super().parse_args(ctx, args)
+
+    def _refuse_extra(self, ctx: typer.Context, extra: list[str]) -> None:
+        """Say how to give a prompt of several words, or data, which `data` takes without an option."""
+        kinds = {parameter.name: parameter.param_type_name for parameter in self.params}
+        if "prompt" in kinds:
+            ctx.fail(f"Unexpected argument {shlex.join(extra)}: put a prompt of several words in quotes.")
+        if kinds.get("dataset") == "option":
+            ctx.fail(f"Unexpected argument {shlex.join(extra)}: give data with --dataset.")
 
     def _name_argument(self, ctx: typer.Context, option: str, error: Any) -> None:
         """Let the error of an unknown option say that its value is given without it, as `evaluate NAME`."""

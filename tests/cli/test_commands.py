@@ -153,6 +153,16 @@ def test_train_options_override_config_file(quick, tmp_path, gpt2, reviews_csv):
             "No such option: --adapter. Give adapters without it: root evaluate ADAPTERS.",
         ),
         (
+            ["generate", "This", "film"],
+            2,
+            "Error: Unexpected argument film: put a prompt of several words in quotes. See root generate --help.",
+        ),
+        (
+            ["train", "reviews.csv"],
+            2,
+            "Error: Unexpected argument reviews.csv: give data with --dataset. See root train --help.",
+        ),
+        (
             ["train", "--epochs", "1", "--minutes", "1"],
             1,
             "Error: epochs and minutes contradict each other: give one of them",
