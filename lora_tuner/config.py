@@ -820,7 +820,8 @@ class TrainConfig(_Settings):
         settings = info.data | {"minutes": value}
         stops = [name for name in STOP_RULES if settings.get(name) is not None]
         if len(stops) > 1:
-            raise _contradiction(f"{' and '.join(stops)} contradict each other: give one of them")
+            names = f"{', '.join(stops[:-1])} and {stops[-1]}"
+            raise _contradiction(f"{names} contradict each other: give one of them")
         return value
 
     @field_validator("weight_decay")

@@ -44,7 +44,7 @@ def _list_problems(error: ValidationError) -> list[tuple[str, str, str]]:
     problems = []
     for problem in error.errors():
         key, is_contradiction = ".".join(map(str, problem["loc"])), problem["type"] == "contradiction"
-        text = problem["msg"].removeprefix("Value error, ")
+        text = problem["msg"].removeprefix("Value error, ").partition(", unable to ")[0]
         if problem["type"] == "extra_forbidden":
             text = "unknown setting"
         elif key and not is_contradiction:  # that names the settings

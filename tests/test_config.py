@@ -178,7 +178,7 @@ def test_labels_are_separated_by_commas():
 def test_three_stop_rules_are_one_problem():
     assert (
         refusal(dict.fromkeys(STOP_RULES, 1))
-        == "epochs and max_steps and minutes contradict each other: give one of them"
+        == "epochs, max_steps and minutes contradict each other: give one of them"
     )
 
 

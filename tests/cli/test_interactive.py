@@ -82,7 +82,7 @@ def test_commands_change_settings_of_session(two):
         "Temperature 0: always the most likely token, whatever the seed.",
         "Temperature 0.5.",
         "Seed random.",
-        "Error: temperature: input should be a valid number, unable to parse string as a number (got 'hot')",
+        "Error: temperature: input should be a valid number (got 'hot')",
         "Error: seed: input should be greater than or equal to 0 (got '-1')",
         "Error: /adapter needs a name. Adapters: noir, verse.",
         "Seed random.",
