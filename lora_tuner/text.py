@@ -156,11 +156,16 @@ def format_count(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
+def count_name(key: str) -> str:
+    """Return the words for a key of row counts; manifests keep the key `not_drawn`."""
+    return "not sampled" if key == "not_drawn" else key.replace("_", " ")
+
+
 def format_counts(counts: dict[str, int]) -> str:
     """Format the counts that are not 0, such as "3 read, 1 duplicate"."""
     texts = []
     for key, count in counts.items():
-        name = key.replace("_", " ")
+        name = count_name(key)
         if count == 1 and name.endswith("duplicates"):
             name = name.removesuffix("s")
         if count:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jinja2
 
-from ..text import format_rows, format_share, format_share_of
+from ..text import count_name, format_rows, format_share, format_share_of
 from .data_report import DataReport
 from .lengths import describe_span
 from .personal_data import KIND_LABELS
@@ -109,7 +109,7 @@ def _fates(counts: dict[str, int]) -> list[_Fate]:
     for name in order:
         if rows := counts[name]:
             width = 100 * rows / total
-            fates.append(_Fate(name.replace("_", " "), rows, _COLORS.get(name, 2), round(x, 3), round(width, 3)))
+            fates.append(_Fate(count_name(name), rows, _COLORS.get(name, 2), round(x, 3), round(width, 3)))
             x += width
     return fates
 

