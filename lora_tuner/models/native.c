@@ -44,7 +44,8 @@ static inline float fast_exp(float x) {
     return x != x ? x : p;
 }
 
-static inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
+/* 0 where fast_exp is bounded: times the largest floats its bound would count. */
+static inline float sigmoid(float x) { return x < -88.0f ? 0.0f : 1.0f / (1.0f + fast_exp(-x)); }
 
 /* tanh of the approximated GELU. */
 #define GELU_C 0.7978845608f

@@ -25,6 +25,7 @@ from .. import atomic_io
 from ..errors import ConfigError
 
 SOURCE = Path(__file__).with_suffix(".c")
+LIBRARY = "native.so"
 # Signed zeros, NaN and infinity are kept: a step that is not finite must be seen.
 FLAGS = (
     "-O3", "-std=c99", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi", "-shared", "-fPIC",
@@ -40,7 +41,7 @@ PRODUCT_ROWS = {torch.float32: 8, torch.bfloat16: 2, torch.int8: 32}
 class NativeKernels:
     """The functions of `native.c`. Tensors are passed as pointers, so their sizes must be right.
 
-    `build` identifies source, compiler flags and CPU.
+    `build` identifies source, compiler and flags.
     """
 
     def __init__(self, library: ctypes.CDLL, build: str) -> None:
@@ -94,38 +95,49 @@ def few_rows_product(
 @cache
 def load_kernels() -> tuple[NativeKernels | None, str]:
     """Load or build the kernels. Returns them, or None and the reason."""
-    compiler = (
-        shlex.split(os.environ.get("CC", ""))
-        or [name for name in ("cc", "gcc", "clang") if shutil.which(name)][:1]
-    )
+    try:
+        compiler = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        return None, f"CC is no command: {error}"
+    compiler = compiler or [name for name in ("cc", "gcc", "clang") if shutil.which(name)][:1]
     if not compiler:
         return None, "no C compiler is installed"
     machine = {"AMD64": "x86_64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
     flags = [*FLAGS, *VECTOR_FLAGS.get(machine, ())]
     try:
         version = _run([*compiler, "--version"])
-        build = _short_hash(SOURCE.read_text(encoding="utf-8"), version, *flags)
+        build = _short_hash(SOURCE.read_text(encoding="utf-8"), version, *compiler[1:], *flags)
         with contextlib.suppress(OSError, ConfigError):  # none yet, damaged, or no cache
-            return NativeKernels(ctypes.CDLL(str(_cache_file(build))), build), ""
+            return NativeKernels(_load_cached(_cache_folder(build)), build), ""
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            built = Path(folder) / f"{build}.so"
+            built = Path(folder) / LIBRARY
             _compile([*compiler, *flags], built)
             library = ctypes.CDLL(str(built))  # stays loaded when the file is gone
-            with contextlib.suppress(OSError, ConfigError), atomic_io.atomic_file(_cache_file(build)) as work:
-                shutil.copyfile(built, work)
+            if not hasattr(library, "product_f32"):
+                return None, f"{compiler[0]} wrote a library without the kernels"
+            with contextlib.suppress(OSError, ConfigError), atomic_io.atomic_folder(_cache_folder(build)) as work:
+                shutil.copyfile(built, work / LIBRARY)
+                atomic_io.write_hashes(work)
     except (OSError, subprocess.SubprocessError) as error:
         return None, " ".join(str(error).split())
     return NativeKernels(library, build), ""
 
 
-def _cache_file(build: str) -> Path:
-    """File of a build for this CPU: machines may share a cache, and -march=native is not the same on all."""
+def _load_cached(folder: Path) -> ctypes.CDLL:
+    """Load a library of the cache. One that is cut short would end the process with a signal."""
+    if not atomic_io.matches_hashes(folder):
+        raise OSError(f"{folder} is missing or damaged")
+    return ctypes.CDLL(str(folder / LIBRARY))
+
+
+def _cache_folder(build: str) -> Path:
+    """Folder of a build for this CPU: machines may share a cache, and -march=native is not the same on all."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
     except OSError:
         cpu = [platform.machine(), platform.processor()]
-    return atomic_io.cache_dir() / "kernels" / f"{build}-{_short_hash(*cpu)}.so"
+    return atomic_io.cache_dir() / "kernels" / f"{build}-{_short_hash(*cpu)}"
 
 
 def _short_hash(*texts: str) -> str:
@@ -141,10 +153,12 @@ def _compile(command: list[str], built: Path) -> None:
 
 
 def _run(command: list[str]) -> str:
-    """Run a compiler. Returns its output; raises OSError with its first line of errors."""
+    """Run a compiler. Returns its output; raises OSError with its first error."""
     done = subprocess.run(
         command, capture_output=True, text=True, errors="replace", timeout=COMPILE_SECONDS, check=False
     )
     if done.returncode:
-        raise OSError(f"{command[0]} failed: {(done.stderr.strip().splitlines() or ['no output'])[0][:200]}")
+        lines = done.stderr.strip().splitlines() or ["no output"]
+        error = next((line for line in lines if "error" in line), lines[0])  # warnings may stand before it
+        raise OSError(f"{command[0]} failed: {error[:200]}")
     return done.stdout

@@ -1,5 +1,8 @@
 """The C kernels: built once, whole or not at all, and never hiding what is not finite."""
 
+import re
+from functools import partial
+
 import pytest
 import torch
 
@@ -22,18 +25,28 @@ def test_kernels_are_built_once(build, monkeypatch, tmp_path):
     monkeypatch.setattr(native, "_compile", None)
     native.load_kernels.cache_clear()
     assert build()[0].build == kernels.build
-    assert list((tmp_path / "cache" / "kernels").iterdir()) == [native._cache_file(kernels.build)]
+    assert list((tmp_path / "cache" / "kernels").iterdir()) == [native._cache_folder(kernels.build)]
 
 
-def test_damaged_kernels_are_built_again(build, monkeypatch, tmp_path):
+def test_damaged_kernels_are_built_again(build):
+    """A library that is cut short would load, and end the process at its first use."""
     kernels, _ = build()
-    monkeypatch.setenv("LORA_TUNER_CACHE", str(tmp_path / "other"))
-    file = native._cache_file(kernels.build)
-    file.parent.mkdir(parents=True)
-    file.write_bytes(b"\x7fELF")
+    file = native._cache_folder(kernels.build) / native.LIBRARY
+    whole = file.read_bytes()
+    file.unlink()  # written in place, the library of this process would change
+    file.write_bytes(whole[: len(whole) // 2])
     native.load_kernels.cache_clear()
     assert build()[0] is not None
-    assert file.stat().st_size > 1000
+    assert file.read_bytes() == whole
+
+
+def test_compiler_arguments_change_build(build, monkeypatch):
+    """-ffast-math hides what is not finite: such kernels are for those who ask for them."""
+    monkeypatch.setenv("CC", "cc")
+    plain, _ = build()
+    monkeypatch.setenv("CC", "cc -ffast-math")
+    native.load_kernels.cache_clear()
+    assert build()[0].build != plain.build
 
 
 def test_kernels_are_built_without_cache(build, monkeypatch, tmp_path):
@@ -43,13 +56,38 @@ def test_kernels_are_built_without_cache(build, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("compiler", "reason"), [("/nowhere/cc", "No such file"), ("false", "false failed: no output")]
+    ("compiler", "reason"),
+    [("/nowhere/cc", "No such file"), ("false", "false failed: no output"), ("cc 'x", "CC is no command")],
 )
 def test_failing_compiler_gives_reason(build, monkeypatch, tmp_path, compiler, reason):
     monkeypatch.setenv("CC", compiler)
     kernels, problem = build()
     assert kernels is None
     assert reason in problem
+    assert not list((tmp_path / "cache").glob("kernels/*"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("", "cannot open shared object"),
+        ("echo garbage > native.so", "too short|invalid"),
+        ("echo 'int x;' | cc -xc -shared -o native.so -", "without the kernels"),
+        ("echo 'In file included from x' >&2; echo 'x: error: no y' >&2; false", "failed: x: error: no y$"),
+    ],
+)
+def test_broken_compiler_gives_reason(build, monkeypatch, tmp_path, answer, reason):
+    compiler = tmp_path / "broken cc"
+    compiler.write_text(f"""#!/bin/sh
+[ "$1" = --version ] && exit
+for word; do case "$word" in */native.so) cd "$(dirname "$word")"; esac; done
+{answer}
+""")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", f"'{compiler}'")
+    kernels, problem = build()
+    assert kernels is None
+    assert re.search(reason, problem)
     assert not list((tmp_path / "cache").glob("kernels/*"))
 
 
@@ -90,6 +128,33 @@ def test_overflow_in_norm_is_not_hidden(dtype):
     if dtype == torch.float32:
         expected = torch.nn.functional.layer_norm(x, (40,), weight, bias)
         assert expected.isfinite().all(1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_at_limits_match_torch(dtype):
+    powers = torch.cat([torch.linspace(-30, 30, 401), 10 ** torch.linspace(-38, 38, 153)])
+    x = torch.cat([powers, -powers]).to(dtype)
+    gate_and_up, gate_out, gelu_out = (
+        torch.stack([x, torch.ones_like(x)], 1),
+        *torch.empty(2, len(x), dtype=dtype),
+    )
+    d_gate_and_up, d_gelu, ones = torch.empty_like(gate_and_up), torch.empty_like(x), torch.ones_like(x)
+    kernels = native.native_kernels()
+    kernels.call("swiglu", dtype, gate_and_up, gate_out, len(x), 1, 1)
+    kernels.call("swiglu_backward", dtype, ones, gate_and_up, d_gate_and_up, len(x), 1, 2)
+    kernels.call("gelu", dtype, x, gelu_out, len(x), 1, 1)
+    kernels.call("gelu_backward", dtype, ones, x, d_gelu, len(x), 1, 1)
+    tolerance = {"atol": 3e-6, "rtol": 3e-6} if dtype == torch.float32 else {"atol": 1e-3, "rtol": 1e-2}
+    for out, gradient, function, limit in (
+        (gate_out, d_gate_and_up[:, 0], torch.nn.functional.silu, torch.inf),
+        (gelu_out, d_gelu, partial(torch.nn.functional.gelu, approximate="tanh"), 1e18),  # torch's is NaN beyond
+    ):
+        within = x.abs().float() < limit
+        exact = x.detach().float().clone().requires_grad_()
+        expected = function(exact)
+        expected.sum().backward()
+        torch.testing.assert_close(out.float(), expected.detach(), **tolerance)
+        torch.testing.assert_close(gradient[within].float(), exact.grad[within], **tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
