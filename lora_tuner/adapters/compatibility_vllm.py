@@ -17,36 +17,42 @@ from .compatibility_report import (
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank; 8 also serves rank 1
 # Model types whose class takes LoRA; those in none of the three lists are not examined.
 _WITH_LORA = frozenset((
-    "afmoe", "apertus", "arcee", "axk1", "blip-2", "cohere", "cohere2", "cohere_compass", "cwm", "deepseek_v2",
-    "deepseek_v3", "emu3", "ernie4_5", "ernie4_5_moe", "ernie4_5_vl_moe", "exaone4", "exaone4_5", "exaone_moe",
-    "falcon_h1", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text", "gemma4_unified", "glm",
-    "glm4", "glm4_moe", "glm4_moe_lite", "glm4v", "glm4v_moe", "glm5_next", "glm_ocr", "glmasr", "gpt_bigcode",
-    "gpt_oss", "granite", "granite4_vision", "granite_speech", "granite_speech_plus", "granite_swa", "granitemoe",
-    "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl",
-    "hy_v3", "hy_v4", "hyperclovax", "idefics3", "inkling_mm_model", "inkling_text", "internlm3", "internvl",
-    "iquestcoder", "jamba", "laguna", "lfm2", "lfm2_moe", "lfm2_vl", "lighton_ocr", "llama", "llama4", "llama4_text", "llava",
-    "llava_next", "llava_next_video", "longcat_flash", "mellum", "minicpm3", "minicpmv4_6", "minicpmv4_7",
-    "minimax_m2", "ministral3", "mistral", "mistral3", "mixtral", "molmo2", "muse_glimmer", "nemotron",
-    "nemotron_h", "nemotron_h_omni", "olmo", "olmo2", "olmo3", "olmo_hybrid", "olmoe", "opt", "paligemma", "phi",
-    "phi3", "phimoe", "qianfan_ocr", "qwen2", "qwen2_5_omni", "qwen2_5_vl", "qwen2_moe", "qwen2_vl", "qwen3",
-    "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_asr", "qwen3_moe", "qwen3_next",
-    "qwen3_omni_moe", "qwen3_vl", "qwen3_vl_moe", "qwen4_exp", "qwen4_exp_text", "seed_oss", "shieldgemma2",
-    "smollm3", "smolvlm", "starcoder2", "vaultgemma", "vibevoice_asr", "voxtral",
+    "afmoe", "apertus", "arcee", "axk1", "blip-2", "cohere", "cohere2", "cohere_compass", "cwm",
+    "deepseek_v2", "deepseek_v3", "emu3", "ernie4_5", "ernie4_5_moe", "ernie4_5_vl_moe",
+    "exaone4", "exaone4_5", "exaone_moe", "falcon_h1", "gemma", "gemma2", "gemma3",
+    "gemma3_text", "gemma4", "gemma4_text", "gemma4_unified", "glm", "glm4", "glm4_moe",
+    "glm4_moe_lite", "glm4v", "glm4v_moe", "glm5_next", "glm_ocr", "glmasr", "gpt_bigcode",
+    "gpt_oss", "granite", "granite4_vision", "granite_speech", "granite_speech_plus",
+    "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared",
+    "hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl", "hy_v3", "hy_v4", "hyperclovax",
+    "idefics3", "inkling_mm_model", "inkling_text", "internlm3", "internvl", "iquestcoder",
+    "jamba", "laguna", "lfm2", "lfm2_moe", "lfm2_vl", "lighton_ocr", "llama", "llama4",
+    "llama4_text", "llava", "llava_next", "llava_next_video", "longcat_flash", "mellum",
+    "minicpm3", "minicpmv4_6", "minicpmv4_7", "minimax_m2", "ministral3", "mistral", "mistral3",
+    "mixtral", "molmo2", "muse_glimmer", "nemotron", "nemotron_h", "nemotron_h_omni", "olmo",
+    "olmo2", "olmo3", "olmo_hybrid", "olmoe", "opt", "paligemma", "phi", "phi3", "phimoe",
+    "qianfan_ocr", "qwen2", "qwen2_5_omni", "qwen2_5_vl", "qwen2_moe", "qwen2_vl", "qwen3",
+    "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_asr", "qwen3_moe",
+    "qwen3_next", "qwen3_omni_moe", "qwen3_vl", "qwen3_vl_moe", "qwen4_exp", "qwen4_exp_text",
+    "seed_oss", "shieldgemma2", "smollm3", "smolvlm", "starcoder2", "vaultgemma",
+    "vibevoice_asr", "voxtral",
 ))  # fmt: skip
 _WITHOUT_LORA = frozenset((
-    "arctic", "aria", "bloom", "cohere2_moe", "cohere2_vision", "cosmos3_edge", "dbrx", "deepseek_v32",
-    "deepseek_v4", "diffusion_gemma", "dots3_note", "dots3_note_text", "falcon", "falcon_mamba", "flex_olmo",
-    "gemma3n", "gemma3n_text", "glm_moe_dsa", "gpt2", "gpt_neox", "gptj", "hrm_text", "jais2", "kimi_linear",
-    "llava_onevision", "mamba", "mamba2", "mimo_v2_flash", "minimax_m3_vl", "moss_transcribe_diarize",
-    "paddleocr_vl", "qwen2_audio", "stablelm", "step3p7", "zamba2",
+    "arctic", "aria", "bloom", "cohere2_moe", "cohere2_vision", "cosmos3_edge", "dbrx",
+    "deepseek_v32", "deepseek_v4", "diffusion_gemma", "dots3_note", "dots3_note_text", "falcon",
+    "falcon_mamba", "flex_olmo", "gemma3n", "gemma3n_text", "glm_moe_dsa", "gpt2", "gpt_neox",
+    "gptj", "hrm_text", "jais2", "kimi_linear", "llava_onevision", "mamba", "mamba2",
+    "mimo_v2_flash", "minimax_m3_vl", "moss_transcribe_diarize", "paddleocr_vl", "qwen2_audio",
+    "stablelm", "step3p7", "zamba2",
 ))  # fmt: skip
 # In no list of model_executor/models/registry.py. vLLM runs others by transformers' own code, but
 # not these, for which `is_backend_compatible` of transformers 5.23 is false.
 _UNKNOWN = frozenset((
-    "bailing_hybrid", "bamba", "bart", "big_bird", "bigbird_pegasus", "biogpt", "blenderbot", "blenderbot-small",
-    "blt", "codegen", "cpmant", "gpt_neo", "gpt_neox_japanese", "marian", "mbart", "megatron-bert", "mpt",
-    "musicgen", "mvp", "openai-gpt", "pegasus", "plbart", "prophetnet", "reformer", "rembert", "roformer", "rwkv",
-    "trocr", "whisper", "xglm", "xlm", "xlnet", "xlstm", "zamba",
+    "bailing_hybrid", "bamba", "bart", "big_bird", "bigbird_pegasus", "biogpt", "blenderbot",
+    "blenderbot-small", "blt", "codegen", "cpmant", "gpt_neo", "gpt_neox_japanese", "marian",
+    "mbart", "megatron-bert", "mpt", "musicgen", "mvp", "openai-gpt", "pegasus", "plbart",
+    "prophetnet", "reformer", "rembert", "roformer", "rwkv", "trocr", "whisper", "xglm", "xlm",
+    "xlnet", "xlstm", "zamba",
 ))  # fmt: skip
 # Models that vLLM gives the stacked weights of all experts (`is_3d_moe_weight` in its
 # model_executor/models); for others it wants an option, and the layout by name.
