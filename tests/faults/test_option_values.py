@@ -223,7 +223,7 @@ def test_random_option_values_fail_cleanly(workspace, data, name):
 
 CONTRADICTIONS = [
     ("train --epochs 1 --max-steps 5", "epochs and max_steps contradict each other: give one of them"),
-    ("train --minutes 1 --epochs 1 --max-steps 1", "epochs and max_steps and minutes contradict each other"),
+    ("train --minutes 1 --epochs 1 --max-steps 1", "epochs, max_steps and minutes contradict each other"),
     ("train --patience 2", "patience needs eval_every: it counts evaluations"),
     ("train --force", "force needs an adapter to continue from: give --from"),
     ("train --eval-split test", "eval_split needs eval_dataset"),
