@@ -230,17 +230,17 @@ def _context_length(path: Path) -> int:
 def _stops(source: SourceModel, chat_format: ChatFormat | None, notify: EventHandler) -> list[str]:
     """Texts that end an answer: the end tokens, and where an answer ends with none, the first line
     before the next user message."""
-    known_ids = source.end_ids()  # llama.cpp stops at these without a text
-    stops = {str(source.tokenizer.decode([number])): True for number in known_ids}
-    for number in generation_ends(source.folder):
-        stops.setdefault(str(source.tokenizer.decode([number])), number in known_ids)
+    ends = source.end_ids()
+    others = [number for number in generation_ends(source.folder) if number not in ends]
+    texts, other_texts = ([str(source.tokenizer.decode([end])) for end in ids] for ids in (ends, others))
+    stops = [*texts, *other_texts]
     if chat_format and not turn_end_ids(source.tokenizer):
-        stops |= dict.fromkeys(chat_format.before_user[False, False, True][0].strip().splitlines()[:1], True)
-    written = [stop for stop in stops if stop.isprintable() and stop.strip() and '"""' not in stop]
-    for stop, is_known in stops.items():
-        if stop not in written and not is_known:
-            notify(Notice(f"Text does not end at {stop!r} in Ollama: a Modelfile cannot hold it as a stop."))
-    return written
+        stops += chat_format.before_user[False, False, True][0].strip().splitlines()[:1]
+    stops = [stop for stop in dict.fromkeys(stops) if stop.isprintable() and stop.strip() and '"""' not in stop]
+    for text in other_texts:  # llama.cpp stops at the ends of the tokenizer without a text
+        if text not in stops:
+            notify(Notice(f"Text does not end at {text!r} in Ollama: a Modelfile cannot hold it as a stop."))
+    return stops
 
 
 def _prepare_prompts(
